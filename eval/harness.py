@@ -1,0 +1,233 @@
+"""The run loop: sample by sample, one full prefill and then every method, each written to its own folder at once."""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lmcache_blend.blend.blender import Blender
+from lmcache_blend.codecs import get_codec
+from lmcache_blend.config import BlendConfig
+from lmcache_blend.engine import MemoryStore
+from lmcache_blend.errors import ContextLengthError, ResultsError
+from lmcache_blend.eval.measure import Item, make_item, measure_method, measure_reference, trace_arrays, truncate
+from lmcache_blend.eval.options import RoutedOptions, RunRequest, policy_fields, route_options, uses_ratio
+from lmcache_blend.eval.results import Results, RunConfig, Skipped, aggregate
+from lmcache_blend.eval.tasks import Task, load_task, tasks
+from lmcache_blend.eval.writer import TRACE, RunFolder
+from lmcache_blend.hf import load_runner
+
+REFRESH_S = 20.0
+"""While a run goes on, results.json is this old at most."""
+
+
+@dataclass
+class Combination:
+    """One method at one ratio, its folder and its settings."""
+
+    folder: RunFolder
+    blend: BlendConfig
+    skipped: list[Skipped]
+    written: float = field(default_factory=time.monotonic)
+
+    @property
+    def label(self) -> str:
+        ratio = self.folder.config.recompute_ratio
+        return self.folder.config.method + ("" if ratio is None else f" {ratio:.0%}")
+
+    def write(self, complete: bool) -> Results | None:
+        """Write results.json from what is measured so far; None while nothing is."""
+        samples = list(self.folder.samples.values())
+        if not samples:
+            return None
+        results = aggregate(
+            self.folder.config, samples, skipped=self.skipped, complete=complete, versions=versions()
+        )
+        self.folder.write_results(results)
+        self.written = time.monotonic()
+        return results
+
+
+def run(request: RunRequest, *, progress: bool = True) -> list[Results]:
+    """Measure every method at every ratio and write the results; a second call goes on where the first one ended.
+
+    Raises, before the model is loaded, UnknownNameError, ConfigError or DataError; then ModelNotFoundError,
+    UnsupportedModelError, ContextLengthError (every sample is too long) and ResultsError (nothing can be written).
+    """
+    task, routed = check(request)
+    runner = load_runner(request.model, dtype=request.dtype, device=request.device)
+    items, skipped = make_items(task, routed, runner)
+    _warn_skipped(skipped, len(task.samples))
+    combinations = [
+        Combination(RunFolder(request.output, config), _blend_config(config), skipped)
+        for config in combination_configs(request, task, routed, runner.fingerprint)
+    ]
+    pending = {c.folder.path: [i for i in items if not c.folder.has(i.sample.id, i.prompt_sha256)] for c in combinations}
+    for combination in combinations:
+        if not pending[combination.folder.path]:
+            print(f"{combination.label}: complete with {len(combination.folder.samples)} samples, nothing to do", file=sys.stderr)
+    with _reportable(combinations):
+        _loop(runner, items, combinations, progress)
+    return [results for c in combinations if (results := c.write(complete=True)) is not None]
+
+
+def check(request: RunRequest) -> tuple[Task, RoutedOptions]:
+    """Everything about a request that needs no model: names, options, codec and samples."""
+    for method in request.methods:
+        policy_fields(method)
+    get_codec(request.codec)
+    factory = tasks.get(request.task) if request.data is None else None
+    routed = route_options(request.options, request.methods, factory)
+    return load_task(request.task, request.data, request.limit, request.seed, **routed.task), routed
+
+
+def combination_configs(request: RunRequest, task: Task, routed: RoutedOptions, fingerprint: str) -> list[RunConfig]:
+    """One RunConfig per method and ratio; methods without a ratio come once."""
+    shared = {
+        "task": task.name,
+        "data": request.data.name if request.data else None,
+        "data_sha256": sha256(request.data.read_bytes()).hexdigest() if request.data else None,
+        "task_options": routed.task,
+        "model": Path(request.model).resolve().name if Path(request.model).is_dir() else request.model,
+        "fingerprint": fingerprint,
+        "dtype": request.dtype,
+        "device": request.device,
+        "encode": request.encode,
+        "codec": get_codec(request.codec).get_config(),
+        "seed": request.seed,
+        "chunk_tokens": routed.harness.chunk_tokens,
+        "max_new_tokens": routed.harness.max_new_tokens or task.max_new_tokens,
+        "generate": routed.harness.generate,
+        "long_context": routed.harness.long_context,
+    }
+    configs = []
+    for method in dict.fromkeys(request.methods):
+        options = dict(routed.policies[method])
+        if "seed" in policy_fields(method):
+            options.setdefault("seed", request.seed)
+        ratios = dict.fromkeys(request.recompute_ratios) if uses_ratio(method) else [None]
+        configs += [RunConfig(**shared, method=method, recompute_ratio=r, policy_options=options) for r in ratios]
+    return configs
+
+
+def make_items(task: Task, routed: RoutedOptions, runner: Any) -> tuple[list[Item], list[Skipped]]:
+    """Prompts that fit into the model, and the samples that do not. Raises ContextLengthError where none fits."""
+    options = routed.harness
+    items, skipped = [], []
+    for sample in task.samples:
+        item = make_item(
+            sample,
+            task.kind,
+            runner.tokenizer,
+            chunk_tokens=options.chunk_tokens,
+            max_new_tokens=options.max_new_tokens or task.max_new_tokens,
+            generate=options.generate,
+        )
+        excess = item.needed_tokens - runner.max_tokens
+        if excess > 0 and options.long_context == "truncate":
+            item = replace(item, prompt=truncate(item.prompt, len(item.prompt) - excess))
+        elif excess > 0:
+            skipped.append(Skipped(id=sample.id, tokens=item.needed_tokens, limit=runner.max_tokens))
+            continue
+        items.append(item)
+    if not items:
+        shortest = min(skipped, key=lambda s: s.tokens)
+        raise ContextLengthError(
+            f"every sample is too long: the shortest takes {shortest.tokens} tokens with its answer, the model's limit is "
+            f"{shortest.limit}; use --option long_context=truncate or a model with more positions"
+        )
+    return items, skipped
+
+
+def versions() -> dict[str, str | int]:
+    """What the numbers were measured with."""
+    found: dict[str, str | int] = {name: version(name.replace("_", "-")) for name in ("lmcache_blend", "torch", "transformers")}
+    return {**found, "python": platform.python_version(), "cpu_count": os.cpu_count() or 0, "threads": torch.get_num_threads()}
+
+
+def _loop(runner: Any, items: Sequence[Item], combinations: Sequence[Combination], progress: bool) -> None:
+    todo = [(i, [c for c in combinations if not c.folder.has(i.sample.id, i.prompt_sha256)]) for i in items]
+    todo = [(item, missing) for item, missing in todo if missing]
+    if not todo:
+        return
+    task = combinations[0].folder.config.task
+    bar = tqdm(total=len(todo), desc=task, unit="sample", disable=not progress, dynamic_ncols=True)
+    with bar:
+        bar.set_postfix_str("warm-up")
+        _warm_up(runner, todo[0][0], combinations)
+        for number, (item, missing) in enumerate(todo):
+            # Each method is first, second, ... equally often, so that none profits from its place in the loop.
+            turn = number % len(missing)
+            _measure(runner, item, missing[turn:] + missing[:turn], bar)
+            bar.update()
+
+
+def _measure(runner: Any, item: Item, combinations: Sequence[Combination], bar: tqdm) -> None:
+    store = MemoryStore()
+    blenders = [Blender(runner, c.blend, store=store) for c in combinations]
+    for blender in blenders:
+        blender.store(item.prompt)
+    bar.set_postfix_str("full prefill")
+    reference = measure_reference(blenders[0], item, runner.tokenizer)
+    exact = None
+    for combination, blender in zip(combinations, blenders, strict=True):
+        bar.set_postfix_str(combination.label)
+        kv_bytes = runner.kv_bytes_per_token(16)
+        sample, result = measure_method(blender, item, reference, runner.tokenizer, kv_bytes)
+        if not combination.folder.samples or not (combination.folder.path / TRACE).exists():
+            if exact is None:
+                exact = blender.prefill(item.prompt, policy="epic", recompute_ratio=1.0).trace.deviation
+            combination.folder.write_trace(trace_arrays(result.trace, item.prompt, exact))
+        combination.folder.append(sample)
+        if time.monotonic() - combination.written > REFRESH_S:
+            combination.write(complete=False)
+
+
+def _warm_up(runner: Any, item: Item, combinations: Sequence[Combination]) -> None:
+    """Run everything once uncounted: caches fill, kernels compile, buffers are allocated."""
+    store = MemoryStore()
+    for combination in combinations:
+        blender = Blender(runner, combination.blend, store=store)
+        blender.store(item.prompt)
+        if combination is combinations[0]:
+            blender.prefill(item.prompt, policy="full_recompute")
+        blender.prefill(item.prompt)
+
+
+@contextmanager
+def _reportable(combinations: Sequence[Combination]) -> Iterator[None]:
+    """Leave results.json up to date when a run is broken off, except by a disk that takes nothing more."""
+    try:
+        yield
+    except ResultsError:
+        raise
+    except BaseException:
+        for combination in combinations:
+            combination.write(complete=False)
+        raise
+
+
+def _blend_config(config: RunConfig) -> BlendConfig:
+    settings: dict[str, Any] = {"policy": config.method, "options": config.policy_options, "encode": config.encode}
+    if config.recompute_ratio is not None:
+        settings["recompute_ratio"] = config.recompute_ratio
+    return BlendConfig(**settings, store_misses=False)
+
+
+def _warn_skipped(skipped: Sequence[Skipped], total: int) -> None:
+    if skipped:
+        print(
+            f"warning: {len(skipped)} of {total} samples are longer than the model's {skipped[0].limit} tokens and are "
+            "skipped (--option long_context=truncate cuts them)",
+            file=sys.stderr,
+        )

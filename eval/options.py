@@ -1,0 +1,140 @@
+"""What a run is asked to do, and where each `--option key=value` belongs: the harness, a policy or the task."""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from lmcache_blend.blend.policies import policies
+from lmcache_blend.config import Config
+from lmcache_blend.errors import ConfigError, nearest
+
+
+class HarnessOptions(Config):
+    """Options of the run loop itself."""
+
+    chunk_tokens: int = pydantic.Field(default=512, ge=8)
+    """Passages longer than this many tokens are cut into spans."""
+    max_new_tokens: int | None = pydantic.Field(default=None, ge=1)
+    """Greedy decoding stops after this many tokens; null for the task's own number."""
+    generate: bool = True
+    """Whether answers are decoded; false saves time where only NLL and KL are wanted."""
+    long_context: Literal["skip", "truncate"] = "skip"
+    """Prompts longer than the model's positions are left out, or their longest passages are cut in the middle."""
+
+
+class RunRequest(Config):
+    """One command: every method at every ratio shares each sample's full prefill."""
+
+    model: str
+    """Hugging Face id, local folder or short name."""
+    task: str
+    """Registered task, or any name where `data` is given."""
+    data: Path | None = None
+    """Local JSONL file of samples."""
+    methods: tuple[str, ...] = pydantic.Field(min_length=1)
+    """Names of policies."""
+    recompute_ratios: tuple[float, ...] = pydantic.Field(default=(0.15,), min_length=1)
+    """Fractions of the reused tokens to compute anew, each 0 to 1."""
+    codec: str = "raw"
+    """Codec that stored KV goes through: an id or JSON."""
+    limit: int = pydantic.Field(default=50, ge=1)
+    """At most this many samples."""
+    seed: int = 0
+    """Seed of generated samples and of random policies."""
+    options: dict[str, Any] = {}
+    """`--option` pairs, values parsed."""
+    encode: Literal["alone", "bos", "prefix"] = "alone"
+    """What stands before a passage while its KV is computed for the store."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of weights, activations and KV."""
+    device: str = "cpu"
+    """Device that the model runs on."""
+    output: Path
+    """Folder that results are written below."""
+
+    @pydantic.field_validator("recompute_ratios")
+    @classmethod
+    def _in_range(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        for ratio in ratios:
+            check_ratio(ratio)
+        return ratios
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedOptions:
+    """Options by owner."""
+
+    harness: HarnessOptions
+    policies: dict[str, dict[str, Any]]
+    task: dict[str, Any]
+
+
+def check_ratio(ratio: float) -> float:
+    """The ratio itself; raises ConfigError outside [0, 1], NaN included."""
+    if not 0.0 <= ratio <= 1.0:
+        raise ConfigError(f"recompute ratio {ratio:g} is outside [0, 1]")
+    return ratio
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """`key=value` with the value read as JSON where it is JSON, else as text. Raises ConfigError.
+
+    >>> parse_option("signal=k"), parse_option("generate=false"), parse_option("passages=10")
+    (('signal', 'k'), ('generate', False), ('passages', 10))
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"option {text!r} is not key=value")
+    try:
+        return key.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return key.strip(), value
+
+
+def route_options(options: dict[str, Any], methods: Sequence[str], task_factory: Callable[..., Any] | None) -> RoutedOptions:
+    """Give each option to everyone who has a setting of that name.
+
+    task_factory: what generates the task, None for a data file. Raises ConfigError for an option that nobody has,
+    naming the nearest one, and for a value that its owner refuses.
+    """
+    fields = {method: policy_fields(method) for method in methods}
+    of_task = _parameters(task_factory) if task_factory else set()
+    known = {*HarnessOptions.model_fields, *of_task, *(name for names in fields.values() for name in names)}
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"unknown option {key!r}: {nearest(key, known)}")
+    routed = RoutedOptions(
+        harness=HarnessOptions(**{k: v for k, v in options.items() if k in HarnessOptions.model_fields}),
+        policies={m: {k: v for k, v in options.items() if k in names} for m, names in fields.items()},
+        task={k: v for k, v in options.items() if k in of_task},
+    )
+    for method, chosen in routed.policies.items():
+        make_policy(method, chosen)
+    return routed
+
+
+def policy_fields(method: str) -> set[str]:
+    """Names of a policy's settings. Raises UnknownNameError."""
+    factory: Any = policies.get(method)
+    return {f.name for f in dataclasses.fields(factory) if f.init} if dataclasses.is_dataclass(factory) else _parameters(factory)
+
+
+def make_policy(method: str, options: dict[str, Any]) -> Any:
+    """The policy of that name. Raises UnknownNameError, and ConfigError for a setting that it refuses."""
+    factory: Any = policies.get(method)
+    try:
+        return factory(**options)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"method {method!r} refuses {options}: {error}") from None
+
+
+def _parameters(factory: Callable[..., Any]) -> set[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name for p in inspect.signature(factory).parameters.values() if p.kind in kinds} - {"limit", "seed"}

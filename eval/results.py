@@ -1,0 +1,303 @@
+"""What a run writes down: typed models of config.json, samples.jsonl and results.json, and how samples become results.
+
+Everything in results.json is computed from config.json and samples.jsonl alone, so that an interrupted run can be
+reported and a resumed one gives the same numbers. NLL and KL are in nats per answer token.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+
+from lmcache_blend.eval import stats
+
+RESAMPLES = 2000
+
+
+class RunConfig(pydantic.BaseModel):
+    """One combination of everything that decides its numbers; the number of samples does not belong to it."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    task: str
+    """Name of the task, or the stem of the data file."""
+    data: str | None = None
+    """Name of the data file without its folder, where one was given."""
+    data_sha256: str | None = None
+    """SHA-256 of that file's bytes."""
+    task_options: dict[str, Any] = {}
+    """Options of the task's generator."""
+    model: str
+    """Model as the user named it; of a local folder its last part."""
+    fingerprint: str
+    """Digest of the model's weights and configuration."""
+    dtype: str = "float32"
+    """Data type of weights, activations and KV."""
+    device: str = "cpu"
+    """Device that the model ran on."""
+    backend: str = "hf"
+    """Engine that ran the model."""
+    method: str
+    """Name of the policy."""
+    recompute_ratio: float | None = None
+    """Nominal fraction of the reused tokens that is computed anew; null where the method has none."""
+    policy_options: dict[str, Any] = {}
+    """Fields of the policy that differ from its defaults."""
+    encode: str = "alone"
+    """What stood before a passage while its KV was computed for the store: alone, bos or prefix."""
+    codec: dict[str, Any] = {"id": "raw"}
+    """Configuration of the codec that the stored KV went through."""
+    seed: int = 0
+    """Seed of generated samples and of random policies."""
+    chunk_tokens: int = 512
+    """Passages longer than this many tokens are cut into spans."""
+    max_new_tokens: int
+    """Greedy decoding stops after this many tokens."""
+    generate: bool = True
+    """Whether answers were decoded; without, predictions and text scores are null."""
+    long_context: Literal["skip", "truncate"] = "skip"
+    """What happened to prompts longer than the model's positions."""
+
+    def canonical(self) -> str:
+        """JSON with sorted keys and no spaces: what the folder's hash is taken over."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    @property
+    def folder(self) -> str:
+        """<task>__<model>__<method>__<hash8>, safe as a file name."""
+        digest = hashlib.sha256(self.canonical().encode()).hexdigest()[:8]
+        return "__".join([*(safe_name(part) for part in (self.task, self.model, self.method)), digest])
+
+
+class SampleResult(pydantic.BaseModel):
+    """One line of samples.jsonl: one sample under one method, with the full prefill of the same loop beside it."""
+
+    model_config = pydantic.ConfigDict(frozen=True)
+
+    id: str
+    """The sample's id in its task."""
+    prompt_sha256: str
+    """First 16 hex digits over token ids and spans: a resumed run measures anew what has changed."""
+    tokens: int
+    """Length of the prompt in tokens."""
+    answers: list[str]
+    """Accepted answers; empty in sets that measure fidelity only."""
+    prediction: str | None
+    """Greedy answer after the blend, post-processed; null where nothing was decoded."""
+    prediction_full: str | None
+    """The same after full prefill."""
+    nll: float | None
+    """Mean negative log likelihood of the first answer's tokens; null without an answer."""
+    nll_full: float | None
+    """The same after full prefill."""
+    nll_no_context: float | None
+    """The same after full prefill of the prompt without its passages."""
+    kl: float
+    """Mean KL(full prefill || method) over the answer's tokens, or over full prefill's own greedy continuation."""
+    top1_agreement: float
+    """Fraction of those tokens at which both name the same most likely token."""
+    flip: bool | None
+    """Whether the normalised prediction differs from that of full prefill."""
+    f1: float | None
+    """Token F1 of the prediction against the best answer."""
+    em: float | None
+    """Exact match after normalisation."""
+    rouge_l: float | None
+    """Rouge-L F-measure."""
+    contains: float | None
+    """Whether an answer stands in the prediction."""
+    f1_full: float | None
+    """Token F1 of full prefill's prediction."""
+    ttft_ms: float
+    """Time to the first token: load, place, probe, select, forward."""
+    ttft_full_ms: float
+    """Time to the first token of full prefill, timed in the same loop."""
+    rows: list[int]
+    """Computed rows of each layer."""
+    compute_fraction: float
+    """FLOPs, selection passes included, over those of full prefill."""
+    recomputed_fraction: float
+    """Mean over layers of computed rows over the prompt's tokens."""
+    loaded_bytes: int
+    """Bytes read from the store."""
+    loaded_kv_bytes: int
+    """What the loaded tokens' KV takes at 16 bit per element."""
+    raw_kv_bytes: int
+    """What the KV of all spans takes at 16 bit per element."""
+    stages_ms: dict[str, float]
+    """Wall time per stage."""
+
+
+class Estimate(pydantic.BaseModel):
+    """A mean over samples with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Times(pydantic.BaseModel):
+    """Milliseconds over samples."""
+
+    mean: float
+    median: float
+    p95: float
+
+
+class Skipped(pydantic.BaseModel):
+    """A sample that was longer than the model's positions."""
+
+    id: str
+    tokens: int
+    limit: int
+
+
+class Metrics(pydantic.BaseModel):
+    """Quality over the samples; null where the task or the run has no such number."""
+
+    nll: Estimate | None
+    """Answer NLL under the method, nats per token."""
+    nll_full: Estimate | None
+    """Answer NLL under full prefill."""
+    nll_no_context: Estimate | None
+    """Answer NLL without the passages."""
+    quality: Estimate | None
+    """(NLL no context - NLL method) / (NLL no context - NLL full): 1 is full prefill, 0 is no context."""
+    kl: Estimate | None
+    """KL(full prefill || method), nats per token."""
+    top1_agreement: Estimate | None
+    """Fraction of tokens with the same most likely token as full prefill."""
+    flip_rate: Estimate | None
+    """Fraction of answers that differ from full prefill's."""
+    f1: Estimate | None
+    em: Estimate | None
+    rouge_l: Estimate | None
+    contains: Estimate | None
+    """Text scores of the prediction against the answers."""
+    f1_full: Estimate | None
+    """Token F1 of full prefill."""
+
+
+class Results(pydantic.BaseModel):
+    """results.json: one combination summed up."""
+
+    model_config = pydantic.ConfigDict(protected_namespaces=())
+
+    task: str
+    model: str
+    method: str
+    recompute_ratio: float | None
+    codec: dict[str, Any]
+    backend: str
+    n: int
+    """Samples measured."""
+    complete: bool
+    """Whether every sample of the run's limit is measured or skipped."""
+    signal: bool
+    """Whether full prefill beats no context on these samples; without it nothing is ranked."""
+    has_answers: bool
+    """Whether there are answers to score; without, only fidelity to full prefill is measured."""
+    metrics: Metrics
+    ttft_ms: Times
+    ttft_full_ms: Times
+    ttft_ratio: Estimate
+    """Median TTFT over that of full prefill, with a paired bootstrap interval."""
+    compute_fraction: float
+    """True compute over that of full prefill, mean over samples."""
+    recomputed_fraction: float
+    loaded_bytes: float
+    """Mean bytes read from the store per prompt."""
+    raw_kv_bytes: float
+    """Mean bytes of the spans' KV at 16 bit per element."""
+    bits_per_element: float | None
+    """Stored bits per element of the K and V that were loaded; null where nothing was."""
+    stages_ms: dict[str, float]
+    """Mean wall time per stage."""
+    tokens: float
+    """Mean prompt length."""
+    skipped: list[Skipped]
+    """Samples left out because they are longer than the model's positions."""
+    versions: dict[str, str | int]
+    config: RunConfig
+
+
+def aggregate(
+    config: RunConfig,
+    samples: Sequence[SampleResult],
+    *,
+    skipped: Sequence[Skipped] = (),
+    complete: bool = False,
+    versions: dict[str, str | int] | None = None,
+) -> Results:
+    """Sum samples (at least one) up; the same samples give the same numbers to the last bit."""
+    none, method, full = (_column(samples, name) for name in ("nll_no_context", "nll", "nll_full"))
+    answered = len(none) > 0
+    metrics = {name: _estimate(_column(samples, name)) for name in Metrics.model_fields if name not in ("quality", "flip_rate")}
+    metrics["flip_rate"] = _estimate(_column(samples, "flip"))
+    signal = answered and bool(stats.has_signal(none, full))
+    metrics["quality"] = _plain(stats.normalised_quality(none, method, full)) if answered else None
+    ttft, ttft_full = _column(samples, "ttft_ms"), _column(samples, "ttft_full_ms")
+    loaded, loaded_kv = _column(samples, "loaded_bytes"), _column(samples, "loaded_kv_bytes")
+    stages = {stage: 0.0 for sample in samples for stage in sample.stages_ms}
+    return Results(
+        task=config.task,
+        model=config.model,
+        method=config.method,
+        recompute_ratio=config.recompute_ratio,
+        codec=config.codec,
+        backend=config.backend,
+        n=len(samples),
+        complete=complete,
+        signal=signal,
+        has_answers=answered,
+        metrics=Metrics(**metrics),
+        ttft_ms=_times(ttft),
+        ttft_full_ms=_times(ttft_full),
+        ttft_ratio=_median_ratio(ttft, ttft_full),
+        compute_fraction=float(_column(samples, "compute_fraction").mean()),
+        recomputed_fraction=float(_column(samples, "recomputed_fraction").mean()),
+        loaded_bytes=float(loaded.mean()),
+        raw_kv_bytes=float(_column(samples, "raw_kv_bytes").mean()),
+        bits_per_element=float(16 * loaded.sum() / loaded_kv.sum()) if loaded_kv.sum() else None,
+        stages_ms={name: float(np.mean([s.stages_ms.get(name, 0.0) for s in samples])) for name in stages},
+        tokens=float(_column(samples, "tokens").mean()),
+        skipped=list(skipped),
+        versions=versions or {},
+        config=config,
+    )
+
+
+def safe_name(text: str) -> str:
+    """`text` as one part of a folder's name: a slash becomes two dashes, other odd characters one."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text.replace("/", "--")).replace("__", "_")
+
+
+def _column(samples: Sequence[SampleResult], name: str) -> np.ndarray:
+    """[n] float64 of one field, samples without it left out."""
+    return np.array([v for s in samples if (v := getattr(s, name)) is not None], dtype=np.float64)
+
+
+def _estimate(values: np.ndarray) -> Estimate | None:
+    return _plain(stats.bootstrap(values)) if len(values) else None
+
+
+def _plain(interval: stats.Interval) -> Estimate | None:
+    """None where a number is not finite (a ratio over nothing), which JSON could not hold."""
+    numbers = {"mean": float(interval.mean), "low": float(interval.low), "high": float(interval.high)}
+    return Estimate(**numbers) if np.isfinite(list(numbers.values())).all() else None
+
+
+def _times(values: np.ndarray) -> Times:
+    return Times(mean=float(values.mean()), median=float(np.median(values)), p95=float(np.percentile(values, 95)))
+
+
+def _median_ratio(values: np.ndarray, reference: np.ndarray) -> Estimate:
+    """Ratio of medians; the interval draws samples with both their times."""
+    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    ratios = np.median(values[draws], axis=1) / np.median(reference[draws], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Estimate(mean=float(np.median(values) / np.median(reference)), low=float(low), high=float(high))

@@ -1,0 +1,79 @@
+"""One registry for everything that third parties may add: policies, codecs, tiers and tasks.
+
+A package adds its own by decorating a class (`@policies.register("mine")`) or, without being imported first, by
+an entry point in the group `lmcache_blend.<kind>` (e.g. `[project.entry-points."lmcache_blend.policies"]`).
+"""
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from lmcache_blend.errors import DuplicateNameError, UnknownNameError
+
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names to classes (or factories) of one kind; entry points are read at the first look-up.
+
+    >>> colours = Registry("colour", "lmcache_blend.colours")
+    >>> colours.register("red")(dict) is dict
+    True
+    >>> colours.names()
+    ['red']
+    """
+
+    def __init__(self, kind: str, group: str):
+        self.kind, self.group = kind, group
+        self._items: dict[str, T] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that files an object under `name`.
+
+        Raises DuplicateNameError where another object has that name. The same class defined again (a notebook cell
+        run twice) replaces itself.
+        """
+
+        def add(item: T) -> T:
+            old = self._items.get(name)
+            if old is not None and old is not item and _identity(old) != _identity(item):
+                raise DuplicateNameError(
+                    f"{self.kind} {name!r} is already registered by {_identity(old)}; choose another name"
+                )
+            self._items[name] = item
+            return item
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The object of that name; raises UnknownNameError with the nearest known name."""
+        self._load()
+        try:
+            return self._items[name]
+        except KeyError:
+            raise UnknownNameError(self.kind, name, self._items) from None
+
+    def names(self) -> list[str]:
+        self._load()
+        return sorted(self._items)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._items
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        for point in entry_points(group=self.group):
+            if point.name not in self._items:
+                self.register(point.name)(point.load())
+
+
+def _identity(item: object) -> str:
+    return f"{getattr(item, '__module__', '?')}.{getattr(item, '__qualname__', repr(item))}"

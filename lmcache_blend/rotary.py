@@ -1,0 +1,129 @@
+"""RotaryTable: how a model turns its keys with the position, for every layer, for any positions.
+
+Nothing here knows a rope type. A table replays the model's own rotary modules (`replay`), so default, linear, dynamic
+NTK, yarn, llama3 and longrope scaling, two thetas (Gemma 3) and layers without RoPE are one case; `RotarySlice` says
+which part of a layer's cached pair turns and how its numbers pair up. `lmcache_blend.hf.learn` reads both off a model.
+
+Rotation and its inverse are computed in float32. The inverse divides by cos^2 + sin^2, which is the square of the
+attention scaling that yarn and longrope bake into their tables, so pre-RoPE keys are free of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RotarySlice:
+    """The rotating part of one layer's cached pair (k, v).
+
+    slot: 0 if it lies in the first tensor, 1 in the second (MLA: the rope key beside the latent). start, stop: the
+    dims that turn (partial rotary). pairing: "half" pairs dim i with i + R/2 (neox), "interleaved" 2i with 2i + 1
+    (gptj). angles: where the R/2 distinct angles stand in the model's cos and sin: their first "half", every second
+    ("stride"), or "all" of it. source: which of the replayed tables feeds the layer.
+    """
+
+    slot: int
+    start: int
+    stop: int
+    pairing: Literal["half", "interleaved"]
+    angles: Literal["half", "stride", "all"]
+    source: int
+
+
+class Turn(NamedTuple):
+    """cos and sin [T, R/2], float32, of one layer at T positions."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Rotation of every layer. layers: one RotarySlice a layer, None where keys do not turn.
+
+    replay: positions [T] -> the model's own rotary outputs, (cos, sin) or one complex tensor each. Scaling that depends
+    on the prompt's length (dynamic NTK, longrope) follows the largest of the positions, as it does in the model.
+    """
+
+    layers: tuple[RotarySlice | None, ...]
+    replay: Callable[[Tensor], Sequence[object]]
+
+    def at(self, positions: Tensor) -> "Angles":
+        """The tables at positions [T] int64."""
+        if all(s is None for s in self.layers):
+            return Angles(self.layers, tuple(None for _ in self.layers))
+        outputs, made, turns = self.replay(positions), {}, []
+        for piece in self.layers:
+            key = None if piece is None else (piece.source, piece.angles)
+            if piece is not None and key not in made:
+                made[key] = Turn(*(_distinct(x, piece.angles) for x in _cos_sin(outputs[piece.source])))
+            turns.append(None if piece is None else made[key])
+        return Angles(self.layers, tuple(turns))
+
+
+@dataclass(frozen=True)
+class Angles:
+    """A RotaryTable evaluated at T positions; slicing gives a part of them."""
+
+    layers: tuple[RotarySlice | None, ...]
+    turns: tuple[Turn | None, ...]
+
+    def __getitem__(self, part: slice | Tensor) -> "Angles":
+        done: dict[int, Turn] = {}
+        turns = tuple(
+            None if t is None else done.setdefault(id(t), Turn(t.cos[part], t.sin[part])) for t in self.turns
+        )
+        return Angles(self.layers, turns)
+
+    def rotate(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Pre-RoPE pair [..., T, D] -> the pair at these positions."""
+        return self._apply(layer, k, v, inverse=False)
+
+    def unrotate(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The pair at these positions [..., T, D] -> pre-RoPE."""
+        return self._apply(layer, k, v, inverse=True)
+
+    def _apply(self, layer: int, k: Tensor, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        piece, turn = self.layers[layer], self.turns[layer]
+        if piece is None or turn is None:
+            return k, v
+        pair = [k, v]
+        pair[piece.slot] = rotate(pair[piece.slot], turn, piece, inverse)
+        return pair[0], pair[1]
+
+
+def rotate(x: Tensor, turn: Turn, piece: RotarySlice, inverse: bool = False) -> Tensor:
+    """Turn dims piece.start..piece.stop of x [..., T, D] by (cos, sin) [T, R/2], or back; float32 inside, x.dtype out."""
+    c, s = turn
+    if inverse:
+        norm = c * c + s * s
+        c, s = c / norm, -s / norm
+    part = x[..., piece.start : piece.stop].float()
+    if piece.pairing == "half":
+        a, b = part.chunk(2, -1)
+        turned = torch.cat((a * c - b * s, b * c + a * s), -1)
+    else:
+        a, b = part[..., ::2], part[..., 1::2]
+        turned = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
+    y = x.clone()
+    y[..., piece.start : piece.stop] = turned.to(x.dtype)
+    return y
+
+
+def _cos_sin(output: object) -> tuple[Tensor, Tensor]:
+    if isinstance(output, Tensor):  # complex e^(i angle), DeepSeek V2
+        return output.real[0], output.imag[0]
+    cos, sin = output  # type: ignore[misc]
+    return cos[0], sin[0]
+
+
+def _distinct(x: Tensor, angles: str) -> Tensor:
+    if angles == "half":
+        x = x[..., : x.shape[-1] // 2]
+    elif angles == "stride":
+        x = x[..., ::2]
+    return x.float().contiguous()
