@@ -12,8 +12,10 @@ from lmcache_blend.eval import stats
 from lmcache_blend.eval.results import Estimate, Results
 from lmcache_blend.eval.writer import SAMPLES, read_samples
 
-REFERENCE = "full_recompute"
+EXACT = ("full_recompute", "prefix_cache")
+"""Methods that reuse nothing approximate: references, not rivals."""
 ANALYSIS_ONLY = ("oracle",)
+"""Methods that know full prefill's KV: bounds, not rivals."""
 COMPUTE_SLACK = 0.02
 """True compute fractions this far apart count as equal."""
 
@@ -32,7 +34,11 @@ class Row:
         """Method with everything that sets it apart, but the ratio."""
         config = self.results.config
         variant = [f"{k}={v}" for k, v in config.policy_options.items() if k != "seed"]
-        variant += [f"{k}={v}" for k, v in (("encode", config.encode), ("chunk_tokens", config.chunk_tokens)) if v not in ("alone", 512)]
+        variant += [
+            f"{k}={v}"
+            for k, v in (("encode", config.encode), ("chunk_tokens", config.chunk_tokens))
+            if v not in ("alone", 512)
+        ]
         codec = {k: v for k, v in config.codec.items() if v is not None}
         variant += [] if codec == {"id": "raw"} else ["codec=" + json.dumps(codec)]
         return config.method + (f" ({', '.join(variant)})" if variant else "")
@@ -40,16 +46,20 @@ class Row:
     @property
     def name(self) -> str:
         """Label and ratio, e.g. "epic 15 %"."""
-        return self.label if self.results.recompute_ratio is None else f"{self.label} {percent(self.results.recompute_ratio)}"
+        return (
+            self.label
+            if self.results.recompute_ratio is None
+            else f"{self.label} {percent(self.results.recompute_ratio)}"
+        )
 
 
 @dataclass(frozen=True)
 class Winner:
-    """The best policy among those whose true compute is at most `compute`, the budget of the row named `budget`.
+    """The best policy among those whose true compute is at most `compute`, that of the row named `budget`.
 
-    by: quality or kl. value: the winner's own. rival: the next best policy within the budget (None without one). difference: rival's minus
-    winner's answer NLL (by quality) or KL, paired over samples; above 0 the winner is better. clear: whether its
-    interval excludes 0.
+    by: quality or kl. value: the winner's own. rival: the next best other policy within the budget, or None.
+    difference: the rival's minus the winner's answer NLL (by quality) or KL, paired over samples; above 0 the
+    winner is better. clear: whether its interval excludes 0.
     """
 
     by: str
@@ -67,7 +77,7 @@ class Winner:
 
 @dataclass(frozen=True)
 class Board:
-    """Everything measured on one task with one model. kind: ranked, no signal or fidelity (a set without answers)."""
+    """Everything measured on one task with one model. kind: ranked, no signal, or fidelity (no answers)."""
 
     title: str
     kind: str
@@ -97,16 +107,28 @@ def percent(ratio: float) -> str:
 def _key(results: Results) -> tuple[str, ...]:
     c = results.config
     options = json.dumps(c.task_options, sort_keys=True)
-    return (c.task, c.fingerprint, c.data_sha256 or "", options, c.dtype, c.device, str(c.seed), c.long_context, c.backend)
+    return (
+        c.task,
+        c.fingerprint,
+        c.data_sha256 or "",
+        options,
+        c.dtype,
+        c.device,
+        str(c.seed),
+        c.long_context,
+        c.backend,
+    )
 
 
 def _titles(groups: dict[tuple[str, ...], Results]) -> dict[tuple[str, ...], str]:
-    """"task x model", and what differs between groups of the same task and model."""
+    """ "task x model", and what differs between groups of the same task and model."""
     names = ("task", "model", "data", "options", "dtype", "device", "seed", "long_context", "backend")
     titles = {}
     for key, results in groups.items():
         title = f"{results.task} × {results.model}"
-        twins = [k for k, r in groups.items() if k != key and (r.task, r.model) == (results.task, results.model)]
+        twins = [
+            k for k, r in groups.items() if k != key and (r.task, r.model) == (results.task, results.model)
+        ]
         differs = [i for i in range(1, len(key)) if any(k[i] != key[i] for k in twins)]
         extra = [f"{names[i]} {key[i][:8] if i in (1, 2) else key[i]}" for i in differs]
         titles[key] = title + (f" ({', '.join(extra)})" if extra else "")
@@ -117,7 +139,7 @@ def _board(title: str, rows: list[Row]) -> Board:
     most = max(rows, key=lambda row: row.results.n).results
     kind = "fidelity" if not most.has_answers else "ranked" if most.signal else "no signal"
     noted = [Row(r.folder, r.results, note=_note(r.results, most.n)) for r in rows]
-    noted.sort(key=lambda r: (r.note not in ("", "reference", "analysis only"), *_order(r.results)))
+    noted.sort(key=lambda r: (r.note.startswith("n "), *_order(r.results, kind)))
     if kind != "ranked":
         return Board(title, kind, tuple(noted), ())
     rank, ranked = 0, []
@@ -128,33 +150,38 @@ def _board(title: str, rows: list[Row]) -> Board:
 
 
 def _note(results: Results, most: int) -> str:
-    if results.method == REFERENCE:
-        return "reference"
     if results.n < most:
-        return f"{results.n} of {most} samples"
-    return "analysis only" if results.method in ANALYSIS_ONLY else ""
+        return f"n {results.n} of {most}"
+    return "exact" if results.method in EXACT else "bound" if results.method in ANALYSIS_ONLY else ""
 
 
-def _order(results: Results) -> tuple[float, float]:
+def _order(results: Results, kind: str) -> tuple[float, float]:
     quality, kl = results.metrics.quality, results.metrics.kl
-    return (-quality.mean if quality else 0.0, kl.mean if kl else 0.0)
+    return (-quality.mean if quality and kind == "ranked" else 0.0, kl.mean if kl else 0.0)
 
 
 def _winners(rows: Sequence[Row]) -> list[Winner]:
-    """By quality and by KL, at the true compute of cacheblend (else of the costliest policy) at each nominal ratio."""
+    """By quality and by KL, at the true compute that cacheblend, else the costliest, has at each ratio."""
     ranked = [r for r in rows if r.rank is not None]
     winners = []
     for ratio in sorted({r.results.recompute_ratio for r in ranked if r.results.recompute_ratio is not None}):
         rung = [r for r in ranked if r.results.recompute_ratio == ratio]
         own = [r for r in rung if r.results.method == "cacheblend"]
         budget = max(own or rung, key=lambda r: r.results.compute_fraction)
-        within = [r for r in ranked if r.results.compute_fraction <= budget.results.compute_fraction + COMPUTE_SLACK]
+        within = [
+            r for r in ranked if r.results.compute_fraction <= budget.results.compute_fraction + COMPUTE_SLACK
+        ]
         for by in ("quality", "kl"):
-            # KL of equal sign with quality: larger is better.
-            scored = [(e.mean if by == "quality" else -e.mean, r) for r in within if (e := getattr(r.results.metrics, by))]
+            # KL is negated, so that larger is better for both.
+            scored = [
+                (e.mean if by == "quality" else -e.mean, r)
+                for r in within
+                if (e := getattr(r.results.metrics, by))
+            ]
             order = [r for _, r in sorted(scored, key=lambda pair: -pair[0])]
             if order:
-                winners.append(_winner(by, budget, order[0], order[1] if len(order) > 1 else None))
+                rivals = [r for r in order if r.label != order[0].label]
+                winners.append(_winner(by, budget, order[0], rivals[0] if rivals else None))
     return winners
 
 

@@ -1,4 +1,4 @@
-"""The run loop: sample by sample, one full prefill and then every method, each written to its own folder at once."""
+"""The run loop: for each sample one full prefill, then every method, written to its own folder at once."""
 
 import os
 import platform
@@ -16,14 +16,22 @@ import torch
 from tqdm import tqdm
 
 from lmcache_blend.blend.blender import Blender
+from lmcache_blend.blend.policies import policies
 from lmcache_blend.codecs import get_codec
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import MemoryStore
 from lmcache_blend.errors import ContextLengthError, ResultsError
-from lmcache_blend.eval.measure import Item, make_item, measure_method, measure_reference, trace_arrays, truncate
+from lmcache_blend.eval.measure import (
+    Item,
+    make_item,
+    measure_method,
+    measure_reference,
+    trace_arrays,
+    truncate,
+)
 from lmcache_blend.eval.options import RoutedOptions, RunRequest, policy_fields, route_options, uses_ratio
 from lmcache_blend.eval.results import Results, RunConfig, Skipped, aggregate
-from lmcache_blend.eval.tasks import Task, load_task, tasks
+from lmcache_blend.eval.tasks import Task, load_task
 from lmcache_blend.eval.writer import TRACE, RunFolder
 from lmcache_blend.hf import load_runner
 
@@ -59,10 +67,10 @@ class Combination:
 
 
 def run(request: RunRequest, *, progress: bool = True) -> list[Results]:
-    """Measure every method at every ratio and write the results; a second call goes on where the first one ended.
+    """Measure every method at every ratio and write results; a second call goes on where the first one ended.
 
     Raises, before the model is loaded, UnknownNameError, ConfigError or DataError; then ModelNotFoundError,
-    UnsupportedModelError, ContextLengthError (every sample is too long) and ResultsError (nothing can be written).
+    UnsupportedModelError, ContextLengthError (every sample is too long) and ResultsError (a write failed).
     """
     task, routed = check(request)
     runner = load_runner(request.model, dtype=request.dtype, device=request.device)
@@ -72,10 +80,14 @@ def run(request: RunRequest, *, progress: bool = True) -> list[Results]:
         Combination(RunFolder(request.output, config), _blend_config(config), skipped)
         for config in combination_configs(request, task, routed, runner.fingerprint)
     ]
-    pending = {c.folder.path: [i for i in items if not c.folder.has(i.sample.id, i.prompt_sha256)] for c in combinations}
+    pending = {
+        c.folder.path: [i for i in items if not c.folder.has(i.sample.id, i.prompt_sha256)]
+        for c in combinations
+    }
     for combination in combinations:
         if not pending[combination.folder.path]:
-            print(f"{combination.label}: complete with {len(combination.folder.samples)} samples, nothing to do", file=sys.stderr)
+            done = len(combination.folder.samples)
+            print(f"{combination.label}: complete with {done} samples, nothing to do", file=sys.stderr)
     with _reportable(combinations):
         _loop(runner, items, combinations, progress)
     return [results for c in combinations if (results := c.write(complete=True)) is not None]
@@ -84,14 +96,15 @@ def run(request: RunRequest, *, progress: bool = True) -> list[Results]:
 def check(request: RunRequest) -> tuple[Task, RoutedOptions]:
     """Everything about a request that needs no model: names, options, codec and samples."""
     for method in request.methods:
-        policy_fields(method)
+        policies.get(method)
     get_codec(request.codec)
-    factory = tasks.get(request.task) if request.data is None else None
-    routed = route_options(request.options, request.methods, factory)
+    routed = route_options(request.options, request.methods, request.task if request.data is None else None)
     return load_task(request.task, request.data, request.limit, request.seed, **routed.task), routed
 
 
-def combination_configs(request: RunRequest, task: Task, routed: RoutedOptions, fingerprint: str) -> list[RunConfig]:
+def combination_configs(
+    request: RunRequest, task: Task, routed: RoutedOptions, fingerprint: str
+) -> list[RunConfig]:
     """One RunConfig per method and ratio; methods without a ratio come once."""
     shared = {
         "task": task.name,
@@ -116,19 +129,21 @@ def combination_configs(request: RunRequest, task: Task, routed: RoutedOptions, 
         if "seed" in policy_fields(method):
             options.setdefault("seed", request.seed)
         ratios = dict.fromkeys(request.recompute_ratios) if uses_ratio(method) else [None]
-        configs += [RunConfig(**shared, method=method, recompute_ratio=r, policy_options=options) for r in ratios]
+        configs += [
+            RunConfig(**shared, method=method, recompute_ratio=r, policy_options=options) for r in ratios
+        ]
     return configs
 
 
 def make_items(task: Task, routed: RoutedOptions, runner: Any) -> tuple[list[Item], list[Skipped]]:
-    """Prompts that fit into the model, and the samples that do not. Raises ContextLengthError where none fits."""
+    """Prompts that fit into the model, and samples that do not. Raises ContextLengthError where none fits."""
     options = routed.harness
     items, skipped = [], []
     for sample in task.samples:
         item = make_item(
             sample,
             task.kind,
-            runner.tokenizer,
+            runner,
             chunk_tokens=options.chunk_tokens,
             max_new_tokens=options.max_new_tokens or task.max_new_tokens,
             generate=options.generate,
@@ -143,16 +158,24 @@ def make_items(task: Task, routed: RoutedOptions, runner: Any) -> tuple[list[Ite
     if not items:
         shortest = min(skipped, key=lambda s: s.tokens)
         raise ContextLengthError(
-            f"every sample is too long: the shortest takes {shortest.tokens} tokens with its answer, the model's limit is "
-            f"{shortest.limit}; use --option long_context=truncate or a model with more positions"
+            f"every sample is too long: the shortest takes {shortest.tokens} tokens with its answer, "
+            f"the model's limit is {shortest.limit}; use --option long_context=truncate or a model with more "
+            "positions"
         )
     return items, skipped
 
 
 def versions() -> dict[str, str | int]:
     """What the numbers were measured with."""
-    found: dict[str, str | int] = {name: version(name.replace("_", "-")) for name in ("lmcache_blend", "torch", "transformers")}
-    return {**found, "python": platform.python_version(), "cpu_count": os.cpu_count() or 0, "threads": torch.get_num_threads()}
+    found: dict[str, str | int] = {
+        name: version(name.replace("_", "-")) for name in ("lmcache_blend", "torch", "transformers")
+    }
+    return {
+        **found,
+        "python": platform.python_version(),
+        "cpu_count": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _loop(runner: Any, items: Sequence[Item], combinations: Sequence[Combination], progress: bool) -> None:
@@ -166,14 +189,14 @@ def _loop(runner: Any, items: Sequence[Item], combinations: Sequence[Combination
         bar.set_postfix_str("warm-up")
         _warm_up(runner, todo[0][0], combinations)
         for number, (item, missing) in enumerate(todo):
-            # Each method is first, second, ... equally often, so that none profits from its place in the loop.
+            # Each method is first, second, ... equally often: none profits from its place in the loop.
             turn = number % len(missing)
             _measure(runner, item, missing[turn:] + missing[:turn], bar)
             bar.update()
 
 
 def _measure(runner: Any, item: Item, combinations: Sequence[Combination], bar: tqdm) -> None:
-    store = MemoryStore()
+    store = _store(combinations[0])
     blenders = [Blender(runner, c.blend, store=store) for c in combinations]
     for blender in blenders:
         blender.store(item.prompt)
@@ -195,13 +218,20 @@ def _measure(runner: Any, item: Item, combinations: Sequence[Combination], bar: 
 
 def _warm_up(runner: Any, item: Item, combinations: Sequence[Combination]) -> None:
     """Run everything once uncounted: caches fill, kernels compile, buffers are allocated."""
-    store = MemoryStore()
+    store = _store(combinations[0])
     for combination in combinations:
         blender = Blender(runner, combination.blend, store=store)
         blender.store(item.prompt)
         if combination is combinations[0]:
             blender.prefill(item.prompt, policy="full_recompute")
         blender.prefill(item.prompt)
+
+
+def _store(combination: Combination) -> MemoryStore:
+    """A store for the passages of one sample; raw KV as it is needs no encoding on its way."""
+    config = combination.folder.config.codec
+    raw = config["id"] == "raw" and not any(value for key, value in config.items() if key != "id")
+    return MemoryStore(None if raw else get_codec(config))
 
 
 @contextmanager
@@ -218,7 +248,11 @@ def _reportable(combinations: Sequence[Combination]) -> Iterator[None]:
 
 
 def _blend_config(config: RunConfig) -> BlendConfig:
-    settings: dict[str, Any] = {"policy": config.method, "options": config.policy_options, "encode": config.encode}
+    settings: dict[str, Any] = {
+        "policy": config.method,
+        "options": config.policy_options,
+        "encode": config.encode,
+    }
     if config.recompute_ratio is not None:
         settings["recompute_ratio"] = config.recompute_ratio
     return BlendConfig(**settings, store_misses=False)
@@ -227,7 +261,7 @@ def _blend_config(config: RunConfig) -> BlendConfig:
 def _warn_skipped(skipped: Sequence[Skipped], total: int) -> None:
     if skipped:
         print(
-            f"warning: {len(skipped)} of {total} samples are longer than the model's {skipped[0].limit} tokens and are "
-            "skipped (--option long_context=truncate cuts them)",
+            f"warning: {len(skipped)} of {total} samples are longer than the model's {skipped[0].limit} "
+            "tokens and are skipped (--option long_context=truncate cuts them)",
             file=sys.stderr,
         )

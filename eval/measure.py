@@ -20,7 +20,7 @@ from lmcache_blend.types import Prompt
 
 @dataclass(frozen=True)
 class Item:
-    """A sample ready to run. tokens: [n] int64 of the first answer, or None. stop_ids: tokens that end decoding."""
+    """A sample ready to run. answer: [n] int64, the first one, or None. line_ends: tokens that end it."""
 
     sample: Sample
     kind: str
@@ -29,12 +29,16 @@ class Item:
     answer: Tensor | None
     max_new_tokens: int
     generate: bool
-    stop_ids: tuple[int, ...]
+    line_ends: frozenset[int]
 
     @property
     def prompt_sha256(self) -> str:
         """First 16 hex digits over token ids, spans and the answer's ids."""
-        parts = [self.prompt.tokens, torch.tensor(self.prompt.spans).flatten(), self.answer if self.answer is not None else torch.tensor([])]
+        parts = [
+            self.prompt.tokens,
+            torch.tensor(self.prompt.spans).flatten(),
+            self.answer if self.answer is not None else torch.tensor([]),
+        ]
         return hashlib.sha256(b"|".join(p.long().numpy().tobytes() for p in parts)).hexdigest()[:16]
 
     @property
@@ -46,7 +50,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Reference:
-    """Full prefill of one sample. tokens [n]: the answer, or full prefill's own continuation; logits [n, V] float32."""
+    """Full prefill of one sample. tokens [n]: the answer, or its own continuation; logits [n, V] float32."""
 
     tokens: Tensor
     logits: Tensor
@@ -57,8 +61,12 @@ class Reference:
     result: Any
 
 
-def make_item(sample: Sample, kind: str, tokenizer: Any, *, chunk_tokens: int, max_new_tokens: int, generate: bool) -> Item:
-    """Build the prompts of a sample."""
+def make_item(
+    sample: Sample, kind: str, runner: Any, *, chunk_tokens: int, max_new_tokens: int, generate: bool
+) -> Item:
+    """Build the prompts of a sample for a runner's tokenizer."""
+    tokenizer = runner.tokenizer
+    line_ends = _line_ends(tokenizer) if post_process("a\nb", kind) == "a" else frozenset()
     return Item(
         sample=sample,
         kind=kind,
@@ -67,7 +75,7 @@ def make_item(sample: Sample, kind: str, tokenizer: Any, *, chunk_tokens: int, m
         answer=answer_tokens(sample, kind, tokenizer),
         max_new_tokens=max_new_tokens,
         generate=generate,
-        stop_ids=_line_ends(tokenizer) if post_process("a\nb", kind).strip() == "a" else (),
+        line_ends=line_ends,
     )
 
 
@@ -86,11 +94,17 @@ def measure_reference(blender: Any, item: Item, tokenizer: Any) -> Reference:
         tokens = torch.tensor(own or [int(result.logits.argmax())], dtype=torch.long)
         logits = result.continuation_logits(tokens)
     prediction = _decode(result, item, tokenizer) if item.generate else None
-    scores = metrics.text_scores(prediction, item.sample.answers) if prediction is not None and item.sample.answers else {}
+    scores = (
+        metrics.text_scores(prediction, item.sample.answers)
+        if prediction is not None and item.sample.answers
+        else {}
+    )
     return Reference(tokens, logits, nll, nll_no_context, prediction, scores, result)
 
 
-def measure_method(blender: Any, item: Item, reference: Reference, tokenizer: Any, kv_bytes_per_token: int) -> tuple[SampleResult, Any]:
+def measure_method(
+    blender: Any, item: Item, reference: Reference, tokenizer: Any, kv_bytes_per_token: float
+) -> tuple[SampleResult, Any]:
     """One method on one sample, compared with the reference; also the blender's own result, for its trace.
 
     blender.config names the method; full_recompute is the reference itself, not run a second time.
@@ -101,7 +115,11 @@ def measure_method(blender: Any, item: Item, reference: Reference, tokenizer: An
     logits = reference.logits if full else result.continuation_logits(reference.tokens)
     scores = metrics.logit_scores(logits, reference.logits, reference.tokens)
     prediction = reference.prediction if full or not item.generate else _decode(result, item, tokenizer)
-    texts = metrics.text_scores(prediction, item.sample.answers) if prediction is not None and item.sample.answers else {}
+    texts = (
+        metrics.text_scores(prediction, item.sample.answers)
+        if prediction is not None and item.sample.answers
+        else {}
+    )
     trace = result.trace
     hit_tokens = sum(end - start for start, end, kind in trace.hits if kind != "miss")
     span_tokens = sum(end - start for start, end in item.prompt.spans)
@@ -117,7 +135,9 @@ def measure_method(blender: Any, item: Item, reference: Reference, tokenizer: An
         nll_no_context=reference.nll_no_context,
         kl=scores["kl"],
         top1_agreement=scores["top1_agreement"],
-        flip=None if prediction is None else metrics.normalise(prediction) != metrics.normalise(reference.prediction or ""),
+        flip=None
+        if prediction is None
+        else metrics.normalise(prediction) != metrics.normalise(reference.prediction or ""),
         f1=texts.get("f1"),
         em=texts.get("em"),
         rouge_l=texts.get("rouge_l"),
@@ -129,8 +149,8 @@ def measure_method(blender: Any, item: Item, reference: Reference, tokenizer: An
         compute_fraction=trace.compute_fraction,
         recomputed_fraction=trace.recomputed_fraction,
         loaded_bytes=trace.loaded_bytes,
-        loaded_kv_bytes=hit_tokens * kv_bytes_per_token,
-        raw_kv_bytes=span_tokens * kv_bytes_per_token,
+        loaded_kv_bytes=round(hit_tokens * kv_bytes_per_token),
+        raw_kv_bytes=round(span_tokens * kv_bytes_per_token),
         stages_ms=dict(trace.stages_ms),
     )
     return sample, result
@@ -139,15 +159,17 @@ def measure_method(blender: Any, item: Item, reference: Reference, tokenizer: An
 def trace_arrays(trace: Any, prompt: Prompt, exact: Tensor | None) -> dict[str, np.ndarray]:
     """What plots need of one forward.
 
-    deviation [L, T] float16 of the reused KV where this run computed it anew; deviation_exact [L, T] float16 of every
-    reused token against full prefill; rows [L, T] bool; spans [S, 2]; scores [T] float32 (empty without scores).
+    deviation [L, T] float16 of the reused KV where this run computed it anew; deviation_exact [L, T] float16
+    of every reused token against full prefill; rows [L, T] bool; spans [S, 2]; scores [T] float32, or empty.
     """
     rows = np.zeros((len(trace.rows), trace.tokens), dtype=bool)
     for layer, positions in enumerate(trace.rows):
         rows[layer, positions.cpu().numpy()] = True
     empty = np.zeros((0, 0), dtype=np.float16)
     return {
-        "deviation": empty if trace.deviation is None else trace.deviation.float().cpu().numpy().astype(np.float16),
+        "deviation": empty
+        if trace.deviation is None
+        else trace.deviation.float().cpu().numpy().astype(np.float16),
         "deviation_exact": empty if exact is None else exact.float().cpu().numpy().astype(np.float16),
         "rows": rows,
         "spans": np.array(prompt.spans, dtype=np.int64).reshape(-1, 2),
@@ -158,7 +180,7 @@ def trace_arrays(trace: Any, prompt: Prompt, exact: Tensor | None) -> dict[str, 
 def truncate(prompt: Prompt, limit: int) -> Prompt:
     """The prompt cut to `limit` tokens: the longest passages are cut to one common length, in their middle.
 
-    The instruction prefix and the question stay whole. Raises ContextLengthError where those alone are too long.
+    Instruction prefix and question stay whole. Raises ContextLengthError where they alone are too long.
     """
     excess = len(prompt) - limit
     if excess <= 0:
@@ -168,8 +190,8 @@ def truncate(prompt: Prompt, limit: int) -> Prompt:
     target = sum(lengths) - excess
     if target < len(lengths) or not lengths:
         raise ContextLengthError(
-            f"the prompt without its passages takes {len(prompt) - sum(lengths)} tokens, more than the {limit} that the "
-            "model leaves; shorten the question or lower --option max_new_tokens"
+            f"the prompt without its passages takes {len(prompt) - sum(lengths)} tokens, more than the "
+            f"{limit} that the model leaves; shorten the question or lower --option max_new_tokens"
         )
     kept = _capped(lengths, target)
     keep = torch.ones(len(prompt), dtype=torch.bool)
@@ -182,7 +204,7 @@ def truncate(prompt: Prompt, limit: int) -> Prompt:
 
 
 def _capped(lengths: Sequence[int], total: int) -> list[int]:
-    """The lengths, the longest ones lowered to one cap (give or take a token) so that they add up to `total`."""
+    """The lengths, the longest ones lowered to one cap, give or take a token, so that they sum to `total`."""
     low, high = 1, max(lengths)
     while low < high:
         middle = (low + high + 1) // 2
@@ -195,15 +217,15 @@ def _capped(lengths: Sequence[int], total: int) -> list[int]:
 
 
 def _decode(result: Any, item: Item, tokenizer: Any) -> str:
-    ids = result.generate(item.max_new_tokens, stop_ids=list(item.stop_ids) or None)
+    # A line end in front is no end: post-processing strips it.
+    line_ends = frozenset() if int(result.logits.argmax()) in item.line_ends else item.line_ends
+    ids = result.generate(item.max_new_tokens, stop_ids={*result.runner.stop_ids, *line_ends})
     return post_process(tokenizer.decode(ids, skip_special_tokens=True), item.kind)
 
 
 @lru_cache(maxsize=8)
-def _line_ends(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of tokens that hold a line end and no word: decoding past them would be cut off anyway."""
+def _line_ends(tokenizer: Any) -> frozenset[int]:
+    """Ids of tokens that hold a line end and no word: what is decoded behind them would be cut off anyway."""
     blank = set(string.whitespace + string.punctuation)
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    ends = [i for i, text in enumerate(texts) if "\n" in text and set(text) <= blank]
-    eos = tokenizer.eos_token_id
-    return tuple(ends + ([eos] if ends and eos is not None else []))
+    return frozenset(i for i, text in enumerate(texts) if "\n" in text and set(text) <= blank)

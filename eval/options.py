@@ -1,17 +1,17 @@
-"""What a run is asked to do, and where each `--option key=value` belongs: the harness, a policy or the task."""
+"""What a run is asked to do, and whose each `--option key=value` is: the loop's, a policy's or the task's."""
 
 import dataclasses
-import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
-from lmcache_blend.blend.policies import policies
+from lmcache_blend.blend.policies import get_policy, policies
 from lmcache_blend.config import Config
 from lmcache_blend.errors import ConfigError, nearest
+from lmcache_blend.eval.tasks import task_options
 
 
 class HarnessOptions(Config):
@@ -24,7 +24,7 @@ class HarnessOptions(Config):
     generate: bool = True
     """Whether answers are decoded; false saves time where only NLL and KL are wanted."""
     long_context: Literal["skip", "truncate"] = "skip"
-    """Prompts longer than the model's positions are left out, or their longest passages are cut in the middle."""
+    """Prompts longer than the model are left out, or their longest passages are cut in the middle."""
 
 
 class RunRequest(Config):
@@ -46,7 +46,7 @@ class RunRequest(Config):
     """At most this many samples."""
     seed: int = 0
     """Seed of generated samples and of random policies."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = pydantic.Field(default_factory=dict)
     """`--option` pairs, values parsed."""
     encode: Literal["alone", "bos", "prefix"] = "alone"
     """What stands before a passage while its KV is computed for the store."""
@@ -96,14 +96,14 @@ def parse_option(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
-def route_options(options: dict[str, Any], methods: Sequence[str], task_factory: Callable[..., Any] | None) -> RoutedOptions:
+def route_options(options: dict[str, Any], methods: Sequence[str], task: str | None) -> RoutedOptions:
     """Give each option to everyone who has a setting of that name.
 
-    task_factory: what generates the task, None for a data file. Raises ConfigError for an option that nobody has,
-    naming the nearest one, and for a value that its owner refuses.
+    task: name of a registered task, None for a data file, which has no options. Raises UnknownNameError, and
+    ConfigError for an option that nobody has, naming the nearest one, or for a value that a policy refuses.
     """
     fields = {method: policy_fields(method) for method in methods}
-    of_task = _parameters(task_factory) if task_factory else set()
+    of_task = task_options(task) if task else ()
     known = {*HarnessOptions.model_fields, *of_task, *(name for names in fields.values() for name in names)}
     for key in options:
         if key not in known:
@@ -114,27 +114,28 @@ def route_options(options: dict[str, Any], methods: Sequence[str], task_factory:
         task={k: v for k, v in options.items() if k in of_task},
     )
     for method, chosen in routed.policies.items():
-        make_policy(method, chosen)
+        _check_types(method, chosen)
+        get_policy(method, chosen)
     return routed
 
 
-def policy_fields(method: str) -> set[str]:
-    """Names of a policy's settings. Raises UnknownNameError."""
-    factory: Any = policies.get(method)
-    return {f.name for f in dataclasses.fields(factory) if f.init} if dataclasses.is_dataclass(factory) else _parameters(factory)
+def policy_fields(method: str) -> dict[str, Any]:
+    """A policy's settings and their defaults. Raises UnknownNameError."""
+    cls: Any = policies.get(method)
+    return {f.name: f.default for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
 
 
-def make_policy(method: str, options: dict[str, Any]) -> Any:
-    """The policy of that name. Raises UnknownNameError, and ConfigError for a setting that it refuses."""
-    factory: Any = policies.get(method)
-    try:
-        return factory(**options)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"method {method!r} refuses {options}: {error}") from None
+def uses_ratio(method: str) -> bool:
+    """Whether the recompute ratio changes what a method does. Raises UnknownNameError."""
+    return policies.get(method).fixed_ratio is None
 
 
-def _parameters(factory: Callable[..., Any]) -> set[str]:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {p.name for p in inspect.signature(factory).parameters.values() if p.kind in kinds} - {"limit", "seed"}
+def _check_types(method: str, options: dict[str, Any]) -> None:
+    """Refuse a value of another type than the setting's default, lest it fail in the middle of a run."""
+    for key, value in options.items():
+        default = policy_fields(method)[key]
+        allowed = (int, float) if isinstance(default, float) else type(default)
+        wrong = not isinstance(value, allowed) or (isinstance(value, bool) and not isinstance(default, bool))
+        if default is not None and default is not dataclasses.MISSING and wrong:
+            kind = type(default).__name__
+            raise ConfigError(f"option {key} = {value!r} of {method!r} is no {kind} (default {default!r})")

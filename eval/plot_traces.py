@@ -1,5 +1,7 @@
 """Plots of where the error and the time are: deviation by layer and token, and the stages of TTFT."""
 
+from zipfile import BadZipFile
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, to_rgba
@@ -22,7 +24,11 @@ def stages_figure(board: Board, colours: dict[str, str]) -> Figure:
     """Mean time per stage of each combination as a stacked bar, in percent of full prefill's mean TTFT."""
     rows = sorted(board.rows, key=lambda row: row.results.ttft_ratio.mean)
     full = board.best.ttft_full_ms
-    bars = [(row.name, {k: 100 * v / row.results.ttft_full_ms.mean for k, v in _stages(row).items()}) for row in rows if row.results.method != "full_recompute"]
+    bars = [
+        (row.name, {k: 100 * v / row.results.ttft_full_ms.mean for k, v in _stages(row).items()})
+        for row in rows
+        if row.results.method != "full_recompute"
+    ]
     bars.append(("full prefill", {"forward": 100.0}))
     names = list(dict.fromkeys([*STAGES, *(stage for _, stages in bars for stage in stages)]))
     figure = Figure(figsize=(10.5, 1.5 + 0.36 * len(bars)), layout="constrained")
@@ -31,14 +37,18 @@ def stages_figure(board: Board, colours: dict[str, str]) -> Figure:
     for stage in names:
         widths = np.array([stages.get(stage, 0.0) for _, stages in bars])
         if widths.any():
-            ax.barh(range(len(bars)), widths, left=left, height=0.7, color=STAGES.get(stage, OTHER), label=stage)
+            ax.barh(
+                range(len(bars)), widths, left=left, height=0.7, color=STAGES.get(stage, OTHER), label=stage
+            )
         left += widths
     for i, total in enumerate(left):
         ax.text(total + 1, i, f"{total:.1f} %", va="center", fontsize=9, color="#444444")
     ax.set_yticks(range(len(bars)), [name for name, _ in bars])
-    for tick, row in zip(ax.get_yticklabels(), [r for r in rows if r.results.method != "full_recompute"], strict=False):
+    for tick, row in zip(
+        ax.get_yticklabels(), [r for r in rows if r.results.method != "full_recompute"], strict=False
+    ):
         tick.set_color(colours[row.label])
-    ax.invert_yaxis()
+    ax.set_ylim(len(bars) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     ax.set_xlim(0, max(left) * 1.1)
     ax.set_xlabel(f"mean TTFT, % of full prefill (its mean: {full.mean:,.0f} ms, n = {board.best.n})")
@@ -48,12 +58,14 @@ def stages_figure(board: Board, colours: dict[str, str]) -> Figure:
 
 
 def deviation_figure(board: Board, colours: dict[str, str]) -> Figure | None:
-    """How far the reused KV is from full prefill's, by layer and token of the first sample, with each method's rows.
+    """How far reused KV is from full prefill's, by layer and token of the first sample, over methods' rows.
 
-    Under the map one strip per combination marks the tokens whose KV it computed: the darker, the more layers.
+    Under the map one strip per combination marks the tokens that it computed, the stronger the more layers.
     None where no run kept a trace.
     """
-    traces = [(row, trace) for row in board.rows if (trace := _trace(row)) is not None]
+    order = list(dict.fromkeys(row.label for row in board.rows))
+    rows = sorted(board.rows, key=lambda row: (order.index(row.label), row.results.recompute_ratio or 0.0))
+    traces = [(row, trace) for row in rows if (trace := _trace(row)) is not None]
     exact = next((t["deviation_exact"] for _, t in traces if t["deviation_exact"].size), None)
     if exact is None:
         return None
@@ -68,18 +80,32 @@ def deviation_figure(board: Board, colours: dict[str, str]) -> Figure | None:
         return None
     low, high = np.percentile(finite, [2, 99.5])
     norm = LogNorm(max(low, high * 1e-4), high)
-    image = ax.imshow(values, aspect="auto", cmap="magma", norm=norm, interpolation="nearest", origin="lower", extent=_extent(exact))
+    image = ax.imshow(
+        values,
+        aspect="auto",
+        cmap="magma",
+        norm=norm,
+        interpolation="nearest",
+        origin="lower",
+        extent=_extent(exact),
+    )
     ax.set_facecolor("#dddddd")
     _span_lines(ax, spans)
     ax.set_ylabel("layer")
     ax.tick_params(labelbottom=False)
-    ax.set_title(f"Deviation of reused KV from full prefill's: {board.title}, first sample", loc="left", fontweight="bold")
+    ax.set_title(
+        f"Deviation of reused KV from full prefill's: {board.title}, first sample",
+        loc="left",
+        fontweight="bold",
+    )
     bar = figure.colorbar(image, ax=ax, pad=0.01, extend="both")
     bar.set_label("relative error of K and V\n(grey: not reused)")
     strips = figure.add_subplot(grid[1], sharex=ax)
     _strips(strips, traces, colours)
     _span_lines(strips, spans, colour="#999999")
-    strips.set_xlabel("token (lines: ends of spans); strips: tokens computed anew, the stronger the more layers")
+    strips.set_xlabel(
+        "token (lines: ends of spans); strips: tokens computed anew, the stronger the more layers"
+    )
     return figure
 
 
@@ -121,5 +147,5 @@ def _trace(row: Row) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, BadZipFile):
         return None

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lmcache_blend.eval.boards import REFERENCE, Board, Row, percent
+from lmcache_blend.eval.boards import ANALYSIS_ONLY, EXACT, Board, Row, percent
 from lmcache_blend.eval.results import Estimate, Results
 from lmcache_blend.eval.writer import write_atomic, writing
 
@@ -44,8 +44,11 @@ STYLE = {
     "figure.dpi": 130,
 }
 X_AXES: dict[str, tuple[str, Callable[[Results], tuple[float, float, float]]]] = {
-    "ttft": ("TTFT / TTFT of full prefill (median)", lambda r: (r.ttft_ratio.mean, r.ttft_ratio.low, r.ttft_ratio.high)),
-    "compute": ("true compute / that of full prefill", lambda r: (r.compute_fraction,) * 3),
+    "ttft": (
+        "median TTFT, fraction of full prefill (log)",
+        lambda r: (r.ttft_ratio.mean, r.ttft_ratio.low, r.ttft_ratio.high),
+    ),
+    "compute": ("true compute, fraction of full prefill (log)", lambda r: (r.compute_fraction,) * 3),
 }
 
 
@@ -58,11 +61,13 @@ def write_plots(boards: Sequence[Board], folder: Path) -> list[Path]:
     colours = method_colours(row.label for board in boards for row in board.rows)
     written = []
     with mpl.rc_context(STYLE):
-        for axis in X_AXES:
-            written.append(_save(scatter_figure(boards, axis, colours), folder / f"quality_vs_{axis}.png"))
+        written += [_save(scatter_figure(boards, x, colours), folder / f"quality_vs_{x}.png") for x in X_AXES]
         for board in boards:
             stem = board.best.config.folder.rsplit("__", 2)[0] + _suffix(board, boards)
-            for name, figure in (("stages", stages_figure(board, colours)), ("deviation", deviation_figure(board, colours))):
+            for name, figure in (
+                ("stages", stages_figure(board, colours)),
+                ("deviation", deviation_figure(board, colours)),
+            ):
                 if figure is not None:
                     written.append(_save(figure, folder / f"{name}__{stem}.png"))
     return written
@@ -76,7 +81,7 @@ def method_colours(labels: Any) -> dict[str, str]:
 
 
 def scatter_figure(boards: Sequence[Board], axis: str, colours: dict[str, str]) -> Figure:
-    """One row of panels per task and model: quality (where it is ranked) and KL, over the axis "ttft" or "compute"."""
+    """One row of panels per task and model: quality (where ranked) and KL; axis: "ttft" or "compute"."""
     label, x_of = X_AXES[axis]
     height = 3.5 * len(boards) + 0.4
     figure = Figure(figsize=(12.5, height), layout="constrained")
@@ -85,22 +90,50 @@ def scatter_figure(boards: Sequence[Board], axis: str, colours: dict[str, str]) 
         markers = _markers(board)
         for ax, metric in zip(line, ("quality", "kl"), strict=True):
             if metric == "quality" and board.kind != "ranked":
-                _say(ax, "no signal: full prefill is not\nbetter than no context" if board.kind == "no signal" else "no answers to score")
+                _say(
+                    ax,
+                    "no signal: full prefill is not\nbetter than no context"
+                    if board.kind == "no signal"
+                    else "no answers to score",
+                )
             else:
                 _scatter(ax, board, metric, x_of, colours, markers)
+                _log_axis(ax)
                 ax.set_xlabel(label)
-            ax.set_ylabel("quality (1 = full prefill, 0 = no context)" if metric == "quality" else "KL to full prefill, nats")
+            ax.set_ylabel(
+                "quality (1 = full prefill, 0 = no context)"
+                if metric == "quality"
+                else "KL to full prefill, nats"
+            )
         line[0].set_title(board.title, loc="left", fontweight="bold")
-        line[1].legend(handles=_handles(board, colours, markers), loc="upper left", bbox_to_anchor=(1.02, 1.0))
+        line[1].legend(
+            handles=_handles(board, colours, markers), loc="upper left", bbox_to_anchor=(1.02, 1.0)
+        )
     return figure
 
 
-def _scatter(ax: Axes, board: Board, metric: str, x_of: Callable, colours: dict[str, str], markers: dict[float | None, str]) -> None:
+def _scatter(
+    ax: Axes,
+    board: Board,
+    metric: str,
+    x_of: Callable,
+    colours: dict[str, str],
+    markers: dict[float | None, str],
+) -> None:
     points: list[tuple[float, float]] = []
-    for label in dict.fromkeys(row.label for row in board.rows):
-        rows = sorted((r for r in board.rows if r.label == label), key=lambda r: r.results.recompute_ratio or 0.0)
+    for label in dict.fromkeys(row.label for row in _drawn_rows(board)):
+        rows = sorted(
+            (r for r in board.rows if r.label == label), key=lambda r: r.results.recompute_ratio or 0.0
+        )
         drawn = [(row, x_of(row.results), e) for row in rows if (e := _estimate(row, metric)) is not None]
-        ax.plot([x[0] for _, x, _ in drawn], [e.mean for _, _, e in drawn], color=colours[label], lw=1, alpha=0.5, zorder=2)
+        ax.plot(
+            [x[0] for _, x, _ in drawn],
+            [e.mean for _, _, e in drawn],
+            color=colours[label],
+            lw=1,
+            alpha=0.5,
+            zorder=2,
+        )
         for row, (x, x_low, x_high), e in drawn:
             ax.errorbar(
                 x,
@@ -113,17 +146,37 @@ def _scatter(ax: Axes, board: Board, metric: str, x_of: Callable, colours: dict[
                 mec="white",
                 mew=0.7,
                 elinewidth=1.1,
-                alpha=1.0 if row.rank is not None or row.results.method == REFERENCE else 0.55,
+                alpha=1.0 if row.rank is not None or row.results.method in EXACT else 0.55,
                 zorder=3,
             )
-            if row.results.method not in ("oracle",):
-                points.append((x, e.mean if metric == "quality" else -e.mean))
+            points.append((x, e.mean if metric == "quality" else -e.mean))
     front = pareto_front(points)
     if front:
         xs, ys = np.array(front).T
-        ax.plot(xs, ys if metric == "quality" else -ys, color="#444444", lw=1.4, ls=(0, (4, 3)), drawstyle="steps-post", zorder=1)
-    ax.set_xlim(left=0)
+        ax.plot(
+            xs,
+            ys if metric == "quality" else -ys,
+            color="#444444",
+            lw=1.4,
+            ls=(0, (4, 3)),
+            drawstyle="steps-post",
+            zorder=1,
+        )
     ax.margins(y=0.12)
+
+
+def _drawn_rows(board: Board) -> list[Row]:
+    """Without the oracles: they run full prefill first, so that their cost says nothing."""
+    return [row for row in board.rows if row.results.method not in ANALYSIS_ONLY]
+
+
+def _log_axis(ax: Axes) -> None:
+    """A logarithmic axis up to full prefill with plain numbers: what is cheap lies far apart."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ticks = [t for t in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if low <= t <= high]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -140,10 +193,13 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def _handles(board: Board, colours: dict[str, str], markers: dict[float | None, str]) -> list[Line2D]:
-    labels = list(dict.fromkeys(row.label for row in board.rows))
+    labels = list(dict.fromkeys(row.label for row in _drawn_rows(board)))
     handles = [Line2D([], [], color=colours[label], marker="o", ls="", ms=7, label=label) for label in labels]
     ratios = [r for r in markers if r is not None]
-    handles += [Line2D([], [], color="#777777", marker=markers[r], ls="", ms=6, label=f"ratio {percent(r)}") for r in ratios]
+    handles += [
+        Line2D([], [], color="#777777", marker=markers[r], ls="", ms=6, label=f"ratio {percent(r)}")
+        for r in ratios
+    ]
     return [*handles, Line2D([], [], color="#444444", lw=1.4, ls=(0, (4, 3)), label="Pareto front")]
 
 

@@ -1,7 +1,7 @@
-"""What a run writes down: typed models of config.json, samples.jsonl and results.json, and how samples become results.
+"""What a run writes down: typed models of config.json, samples.jsonl and results.json, and the step between.
 
-Everything in results.json is computed from config.json and samples.jsonl alone, so that an interrupted run can be
-reported and a resumed one gives the same numbers. NLL and KL are in nats per answer token.
+Every number in results.json is computed from config.json and samples.jsonl alone, so that an interrupted run
+can be reported and a resumed one gives the same numbers. NLL and KL are in nats per answer token.
 """
 
 import hashlib
@@ -64,7 +64,9 @@ class RunConfig(pydantic.BaseModel):
 
     def canonical(self) -> str:
         """JSON with sorted keys and no spaces: what the folder's hash is taken over."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        )
 
     @property
     def folder(self) -> str:
@@ -74,7 +76,7 @@ class RunConfig(pydantic.BaseModel):
 
 
 class SampleResult(pydantic.BaseModel):
-    """One line of samples.jsonl: one sample under one method, with the full prefill of the same loop beside it."""
+    """One line of samples.jsonl: one sample under one method, beside full prefill in the same loop."""
 
     model_config = pydantic.ConfigDict(frozen=True)
 
@@ -97,7 +99,7 @@ class SampleResult(pydantic.BaseModel):
     nll_no_context: float | None
     """The same after full prefill of the prompt without its passages."""
     kl: float
-    """Mean KL(full prefill || method) over the answer's tokens, or over full prefill's own greedy continuation."""
+    """Mean KL(full prefill || method) over the answer's tokens, else over full prefill's own continuation."""
     top1_agreement: float
     """Fraction of those tokens at which both name the same most likely token."""
     flip: bool | None
@@ -236,7 +238,11 @@ def aggregate(
     """Sum samples (at least one) up; the same samples give the same numbers to the last bit."""
     none, method, full = (_column(samples, name) for name in ("nll_no_context", "nll", "nll_full"))
     answered = len(none) > 0
-    metrics = {name: _estimate(_column(samples, name)) for name in Metrics.model_fields if name not in ("quality", "flip_rate")}
+    metrics = {
+        name: _estimate(_column(samples, name))
+        for name in Metrics.model_fields
+        if name not in ("quality", "flip_rate")
+    }
     metrics["flip_rate"] = _estimate(_column(samples, "flip"))
     signal = answered and bool(stats.has_signal(none, full))
     metrics["quality"] = _plain(stats.normalised_quality(none, method, full)) if answered else None
@@ -292,7 +298,9 @@ def _plain(interval: stats.Interval) -> Estimate | None:
 
 
 def _times(values: np.ndarray) -> Times:
-    return Times(mean=float(values.mean()), median=float(np.median(values)), p95=float(np.percentile(values, 95)))
+    return Times(
+        mean=float(values.mean()), median=float(np.median(values)), p95=float(np.percentile(values, 95))
+    )
 
 
 def _median_ratio(values: np.ndarray, reference: np.ndarray) -> Estimate:

@@ -1,7 +1,7 @@
-"""Folders of results on disk: written so that a crash, a kill or a full disk never costs what is already there.
+"""Folders of results on disk, written so that a crash, a kill or a full disk costs nothing already there.
 
-DIR/<task>__<model>__<method>__<hash8>/ holds config.json (written first), samples.jsonl (one line per sample, synced),
-trace.npz (arrays of the first sample) and results.json (replaced as a whole).
+DIR/<task>__<model>__<method>__<hash8>/ holds config.json (written first), samples.jsonl (one line per sample,
+synced), trace.npz (arrays of the first sample) and results.json (replaced as a whole).
 """
 
 import errno
@@ -23,7 +23,7 @@ CONFIG, SAMPLES, RESULTS, TRACE = "config.json", "samples.jsonl", "results.json"
 class RunFolder:
     """One combination's folder; opening it reads what an earlier run measured and drops a torn last line.
 
-    Raises ResultsError where nothing can be written there, DataError where samples.jsonl is broken in the middle.
+    Raises ResultsError where nothing can be written there, DataError where samples.jsonl is broken inside.
     """
 
     def __init__(self, output: Path, config: RunConfig):
@@ -91,7 +91,9 @@ def read_samples(path: Path) -> tuple[dict[str, SampleResult], int]:
         except ValueError:
             if number == len(lines):
                 break
-            raise DataError(f"{path}, line {number}: not a sample; remove that line to measure the sample anew") from None
+            raise DataError(
+                f"{path}, line {number}: not a sample; remove that line to measure the sample anew"
+            ) from None
         samples[sample.id] = sample
         good_bytes += len(line)
     return samples, good_bytes
@@ -108,7 +110,9 @@ def read_folder(folder: Path) -> Results | None:
         saved = folder / RESULTS
         results = Results.model_validate_json(saved.read_bytes()) if saved.exists() else None
     except (OSError, pydantic.ValidationError) as error:
-        raise DataError(f"{folder}: not a folder of results ({_first_line(error)}); remove it to report the others") from None
+        raise DataError(
+            f"{folder}: not a folder of results ({_first_line(error)}); remove it to report the others"
+        ) from None
     if results is not None and results.n >= len(samples):
         return results
     skipped, versions = (results.skipped, results.versions) if results else ([], {})
@@ -116,17 +120,19 @@ def read_folder(folder: Path) -> Results | None:
 
 
 def find_folders(root: Path) -> list[Path]:
-    """Every folder of results below `root`, or `root` itself, by name. Raises ConfigError where there is none."""
+    """Every folder of results at or below `root`, by name. Raises ConfigError where there is none."""
     if not root.is_dir():
         raise ConfigError(f"{root} is not a folder; give the --output folder of a run")
     found = sorted(path.parent for path in root.rglob(CONFIG) if (path.parent / SAMPLES).exists())
     if not found:
-        raise ConfigError(f"no results below {root}; give the --output folder of a run that measured at least one sample")
+        raise ConfigError(
+            f"no results below {root}; give the --output folder of a run that measured at least one sample"
+        )
     return found
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: written beside it, synced, renamed. Raises ResultsError; the old file stays then."""
+    """Replace a file as a whole: written beside it, synced, renamed. Raises ResultsError; the old stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
@@ -152,8 +158,8 @@ def writing(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         remedy = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
         raise ResultsError(
-            f"cannot write {path}: {reason}; {remedy} or choose another --output, then run the same command again "
-            "to go on (results already written are intact)"
+            f"cannot write {path}: {reason}; {remedy} or choose another --output, then run the same command "
+            "again to go on (results already written are intact)"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """The command line: `lmcache-blend run`, `report` and `ls`.
 
-Exit status: 0 done; 2 bad arguments or input (one line on stderr, no traceback); 1 anything else; 130 interrupted.
+Exit status: 0 done; 2 bad arguments or input (one line on stderr, no traceback); 130 interrupted; 1 else.
 """
 
 import argparse
@@ -23,6 +23,12 @@ BAD_INPUT = (
     errors.UnsupportedModelError,
     errors.ModelNotFoundError,
 )
+
+OPTION_HELP = (
+    "a setting of a policy, the task or the run loop (chunk_tokens, max_new_tokens, generate=false, "
+    "long_context=skip|truncate)"
+)
+ENCODE_HELP = "before a passage whose KV is computed for the store: nothing, BOS, or the instruction prefix"
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,36 +62,76 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> Parser:
     """The whole command line."""
-    root = Parser(prog="lmcache-blend", description="Reuse cached KV at any position in a prompt, and measure what that costs.")
+    root = Parser(
+        prog="lmcache-blend",
+        description="Reuse cached KV at any position in a prompt, and measure what that costs.",
+    )
     commands = root.add_subparsers(metavar="COMMAND", required=True)
 
-    run = commands.add_parser("run", help="measure methods on a task", description="Measure methods on a task with a model.")
+    run = commands.add_parser(
+        "run", help="measure methods on a task", description="Measure methods on a task with a model."
+    )
     run.set_defaults(command=_run)
-    run.add_argument("--model", required=True, metavar="M", help="Hugging Face id, local folder, or smollm2-135m")
-    run.add_argument("--task", required=True, metavar="T", help="a task of `lmcache-blend ls tasks`; any name with --data")
+    run.add_argument(
+        "--model", required=True, metavar="M", help="Hugging Face id, local folder, or smollm2-135m"
+    )
+    run.add_argument(
+        "--task", required=True, metavar="T", help="a task of `lmcache-blend ls tasks`; any name with --data"
+    )
     run.add_argument("--data", type=Path, metavar="FILE.jsonl", help="local samples, one JSON object a line")
-    run.add_argument("--method", required=True, type=_words, metavar="METHOD[,METHOD...]", help="see `lmcache-blend ls methods`")
-    run.add_argument("--recompute-ratio", type=_words, default=["0.15"], metavar="R[,R...]", help="0 to 1 (default 0.15)")
-    run.add_argument("--codec", default="raw", metavar="SPEC", help="id or JSON of the stored KV's codec (default raw)")
+    run.add_argument(
+        "--method",
+        required=True,
+        type=_words,
+        metavar="METHOD[,METHOD...]",
+        help="see `lmcache-blend ls methods`",
+    )
+    run.add_argument(
+        "--recompute-ratio", type=_words, default=["0.15"], metavar="R[,R...]", help="0 to 1 (default 0.15)"
+    )
+    run.add_argument(
+        "--codec", default="raw", metavar="SPEC", help="id or JSON of the stored KV's codec (default raw)"
+    )
     run.add_argument("--backend", choices=["hf"], default="hf", help="engine that runs the model")
-    run.add_argument("--limit", type=int, default=50, metavar="N", help="at most so many samples (default 50)")
-    run.add_argument("--seed", type=int, default=0, metavar="S", help="of generated samples and random policies (default 0)")
-    run.add_argument("--option", action="append", default=[], metavar="key=value", help="a setting of a policy, the task or the loop: "
-                     "chunk_tokens, max_new_tokens, generate=false, long_context=skip|truncate")  # fmt: skip
-    run.add_argument("--encode", choices=["alone", "bos", "prefix"], default="alone", help="what stands before a passage "
-                     "while its KV is computed for the store: nothing, BOS, or the instruction prefix")  # fmt: skip
-    run.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and KV (default float32)")
-    run.add_argument("--output", required=True, type=Path, metavar="DIR", help="results go below it; a rerun goes on there")
+    run.add_argument(
+        "--limit", type=int, default=50, metavar="N", help="at most so many samples (default 50)"
+    )
+    run.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of generated samples and random policies (default 0)",
+    )
+    run.add_argument("--option", action="append", default=[], metavar="key=value", help=OPTION_HELP)
+    run.add_argument("--encode", choices=["alone", "bos", "prefix"], default="alone", help=ENCODE_HELP)
+    run.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of weights and KV (default float32)",
+    )
+    run.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="results go below it; a rerun goes on there"
+    )
 
-    report = commands.add_parser("report", help="leaderboard and plots", description="Leaderboard and plots of results.")
+    report = commands.add_parser(
+        "report", help="leaderboard and plots", description="Leaderboard and plots of results."
+    )
     report.set_defaults(command=_report)
     report.add_argument("directory", type=Path, metavar="DIR", help="--output folder of runs")
-    report.add_argument("--json", metavar="FILE", help="write the leaderboard as JSON, - for stdout (instead of the table)")
+    report.add_argument(
+        "--json", metavar="FILE", help="write the leaderboard as JSON, - for stdout (instead of the table)"
+    )
 
-    ls = commands.add_parser("ls", help="what is registered", description="Names of tasks, methods, codecs or tiers.")
+    ls = commands.add_parser(
+        "ls", help="what is registered", description="Names of tasks, methods, codecs or tiers."
+    )
     ls.set_defaults(command=_ls)
     ls.add_argument("kind", choices=["tasks", "methods", "codecs", "tiers"])
-    ls.add_argument("--json", nargs="?", const="-", metavar="FILE", help="a list of {name, description} as JSON")
+    ls.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="a list of {name, description} as JSON"
+    )
     return root
 
 
@@ -109,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     from lmcache_blend.eval.boards import make_boards
     from lmcache_blend.eval.harness import run
-    from lmcache_blend.eval.report import print_boards
+    from lmcache_blend.eval.render import print_boards
 
     results = run(request)
     print_boards(make_boards([(request.output / r.config.folder, r) for r in results]))
@@ -117,7 +163,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from lmcache_blend.eval.report import as_json, print_boards, report
+    from lmcache_blend.eval.export import as_json
+    from lmcache_blend.eval.render import print_boards
+    from lmcache_blend.eval.report import report
 
     boards = report(arguments.directory)
     if arguments.json:

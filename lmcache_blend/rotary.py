@@ -79,6 +79,12 @@ class Angles:
         )
         return Angles(self.layers, turns)
 
+    def regime(self) -> bytes:
+        """Tells apart tables of one model whose scaling follows the prompt's length; equal for every fixed scaling."""
+        seen = {id(t): t for t in self.turns if t is not None}
+        at = [t.cos[min(1, len(t.cos) - 1)] for t in seen.values()]
+        return b"".join(x.cpu().numpy().tobytes() for x in at)
+
     def rotate(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-RoPE pair [..., T, D] -> the pair at these positions."""
         return self._apply(layer, k, v, inverse=False)

@@ -19,8 +19,8 @@ class Prompt:
 
     tokens: [T] int64, never re-tokenised. spans: (start, end) pairs, ascending, disjoint, each at least one token.
     prefix: whether the first span is the shared instruction prefix (starts at 0; passages are encoded behind it
-    where BlendConfig.encode is "prefix"). The tokens outside every span are always computed; the last token of the
-    prompt must be one of them, since its logits give the first token.
+    where BlendConfig.encode is "prefix"). The tokens outside every span are always computed, and so is the prompt's last
+    token, since its logits give the first token.
 
     Raises SegmentError.
     """
@@ -42,10 +42,6 @@ class Prompt:
             if end <= start or end > len(tokens):
                 raise SegmentError(f"span [{start}, {end}) is empty or outside the prompt's {len(tokens)} tokens")
             last = end
-        if last == len(tokens):
-            raise SegmentError(
-                f"span [{self.spans[-1][0]}, {last}) takes the prompt's last token; end it at {last - 1} or add a question"
-            )
         if self.prefix and (not self.spans or self.spans[0][0] != 0):
             raise SegmentError("prefix=True needs a first span that starts at token 0")
 

@@ -14,7 +14,7 @@ from lmcache_blend.rotary import RotaryTable
 
 Chooser = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Tap = Callable[[int, Tensor, Tensor], None]
-Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+Observer = Callable[[int, int, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass
@@ -24,8 +24,8 @@ class Plan:
     rows: per prompt [N] int64, ascending. checks: layer -> chooser(layer, rows [B, N], fresh k, v [B, H, N, D]) -> ascending
     indices [B, M] of the rows that go on. hidden: [T] bool, positions that no row may see (a probe leaves out text that
     has no KV yet). tap: sees (layer, attention weights [B, Hq, N, T], values [B, H, T, Dv]); with stop_at, the forward
-    ends after that layer's attention and gives no logits. observer: sees (layer, rows [N], fresh k, v [H, N, D], K, V
-    buffers [H, capacity, D]) before each write.
+    ends after that layer's attention and gives no logits. observer: sees (layer, b, rows [N] of prompt b, fresh k, v
+    [H, N, D], K, V buffers [H, capacity, D]) before each write.
     """
 
     rows: Sequence[Tensor]
@@ -83,6 +83,9 @@ class ModelRunner(Protocol):
     num_layers: int
     max_tokens: int
     fingerprint: str
+    tokenizer: Any
+    bos_id: int | None
+    stop_ids: tuple[int, ...]
     rotary: RotaryTable
     cost: CostModel
 

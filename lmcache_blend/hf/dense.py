@@ -46,14 +46,26 @@ class DenseKV:
     """
 
     def __init__(self, pool: KVPool, tokens: int, capacity: int):
-        self.length = tokens
+        self.length, self._pool = tokens, pool
         self.capacity, self._layers = pool.take(max(tokens, capacity))
         self._loader: Callable[[int, Tensor, Tensor], None] | None = None
         self._loaded = [True] * len(self._layers)
-        weakref.finalize(self, pool.give, self.capacity, self._layers)
+        self._release = weakref.finalize(self, pool.give, self.capacity, self._layers)
 
     def fill_with(self, loader: Callable[[int, Tensor, Tensor], None]) -> None:
         self._loader, self._loaded = loader, [False] * len(self._layers)
+
+    def extend(self, length: int) -> None:
+        """Make it `length` tokens long, the new ones undefined until written; moves to larger buffers where needed."""
+        if length > self.capacity:
+            capacity, layers = self._pool.take(length)
+            for i, new in enumerate(layers):
+                for to, old in zip(new, self.layer(i), strict=True):
+                    to[:, : self.length] = old[:, : self.length]
+            self._release()
+            self.capacity, self._layers = capacity, layers
+            self._release = weakref.finalize(self, self._pool.give, capacity, layers)
+        self.length = length
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """The layer's whole buffers [H, capacity, D], for the runner; they are reused once this object is gone."""

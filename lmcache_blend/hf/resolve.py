@@ -17,9 +17,9 @@ HUB_SECONDS = 10.0
 def resolve_model(name: str) -> str:
     """A local folder, or a hub id that the hub was just seen to have; never a name that will fail much later.
 
-    In turn: a folder (used as it is), a model that the hub's cache holds whole (its folder there, so that loading
-    it asks no network), and the hub. SmolLM2-135M-Instruct, under its hub id or as `smollm2-135m`, needs no hub:
-    `packaged` has it converted once. Raises ModelNotFoundError in one line with the remedies.
+    In turn: a folder (used as it is), a model that the hub's cache holds whole (its folder there, so that
+    loading it asks no network), and the hub. SmolLM2-135M-Instruct, under its hub id or as `smollm2-135m`,
+    needs no hub: `packaged` converts it once. Raises ModelNotFoundError in one line with the remedies.
     """
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():

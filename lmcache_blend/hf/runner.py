@@ -36,6 +36,8 @@ class HFRunner:
         self.num_layers = len(self.layers)
         self.max_tokens = int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)
         self.device, self.dtype = model.device, model.dtype
+        self.bos_id: int | None = self.config.bos_token_id
+        self.stop_ids = _stop_ids(model, tokenizer)
         self.fingerprint = _fingerprint(model)
         self.pool: KVPool | None = None
         self._lock = threading.Lock()
@@ -114,6 +116,13 @@ def _decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
     raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers to hook")
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    ids = [getattr(owner, "eos_token_id", None) for owner in (generation, model.config, tokenizer)]
+    flat = [x for item in ids for x in (item if isinstance(item, list) else [item]) if x is not None]
+    return tuple(dict.fromkeys(flat))
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

@@ -1,0 +1,49 @@
+# Every target sets itself up: a virtual environment in .venv, made anew only where pyproject.toml changed.
+#
+#   PYTHON=python3.12 make test     another interpreter (3.11 or newer)
+#   TORCH_INDEX_URL=... make test   where pip also looks for torch, e.g. PyTorch's CPU wheel index
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX_URL ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+
+.PHONY: help demo test lint setup clean
+
+help:
+	@echo "make demo   blend cached passages on a real model and compare the methods (about 10 minutes on 2 cores)"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff, pyright and the layers of imports"
+	@echo "make clean  remove .venv and caches"
+
+demo: $(READY)
+	$(BIN)/python -m lmcache_blend.eval.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+setup: $(READY)
+
+# The pinned torch goes first: pip then takes a local CPU wheel of that version where it finds one, while the range
+# in pyproject.toml would take the newest CUDA build.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is too old or missing: 3.11 or newer is needed; set PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install $(TORCH_INDEX) "$(TORCH)" || \
+	  { echo "$(TORCH) could not be installed (pip's reason is above); taking any torch that fits instead"; \
+	    $(BIN)/python -m pip install $(TORCH_INDEX) "torch>=2.8"; }
+	$(BIN)/python -m pip install -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,318 @@
+"""Blender: reuse the KV of stored chunks anywhere in a prompt, recompute the rows that a policy chooses."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmcache_blend.blend.policies import RowPolicy, get_policy, policies
+from lmcache_blend.blend.prefill import Prefill, generate_batch
+from lmcache_blend.blend.runner import ModelRunner, Plan
+from lmcache_blend.blend.segments import by_passages
+from lmcache_blend.blend.select import Deviation, Work, base_signals, deviation_chooser, run_probe, top
+from lmcache_blend.config import BlendConfig
+from lmcache_blend.engine import ChunkStore, MemoryStore, chunk_key, context_digest
+from lmcache_blend.errors import ConfigError
+from lmcache_blend.rotary import Angles
+from lmcache_blend.triton_kernels.place import place
+from lmcache_blend.types import KVChunk, Prompt, Trace
+
+
+@dataclass
+class _Hit:
+    start: int
+    end: int
+    chunk: KVChunk
+    exact: bool
+
+
+class Blender:
+    """Prefills prompts from stored KV chunks.
+
+    runner: a ModelRunner (`lmcache_blend.hf.load_runner`). config: BlendConfig, by default from LMCACHE_BLEND_* variables.
+    store: where chunks live, by default a new MemoryStore.
+
+    Example:
+        >>> runner = load_runner("smollm2-135m")                                           # doctest: +SKIP
+        >>> blender = Blender(runner, BlendConfig(policy="epic", recompute_ratio=0.15))    # doctest: +SKIP
+        >>> blender.generate(["Ada lives in Turin.", "Bo lives in Oslo."], "Where does Bo live?")  # doctest: +SKIP
+    """
+
+    def __init__(self, runner: ModelRunner, config: BlendConfig | None = None, store: ChunkStore | None = None):
+        self.runner, self.config = runner, BlendConfig.from_env() if config is None else config
+        self.chunks: ChunkStore = MemoryStore() if store is None else store
+        self.policy = get_policy(self.config.policy, self.config.options)
+
+    # ------------------------------------------------------------------ text
+    def prompt(self, passages: Prompt | Sequence[str], question: str = "", prefix: str = "") -> Prompt:
+        """Passages of text -> a Prompt with one span each (and one for the prefix); a Prompt stays as it is."""
+        if isinstance(passages, Prompt):
+            return passages
+        if isinstance(passages, str):
+            raise ConfigError("passages is one string; pass a list of passages")
+        return by_passages(self.runner.tokenizer, passages, question, prefix, self.config.separator)
+
+    def generate(
+        self, passages: Prompt | Sequence[str], question: str = "", max_new_tokens: int = 64, prefix: str = ""
+    ) -> str:
+        """The greedy answer to a question about passages; what was not stored is computed and stored for next time."""
+        return self.runner.tokenizer.decode(self.prefill(passages, question, prefix).generate(max_new_tokens))
+
+    # ------------------------------------------------------------------ storing
+    def store(self, passages: Prompt | Sequence[str], question: str = "", prefix: str = "") -> int:
+        """Compute and store the KV of every span that is not stored yet; returns how many were computed."""
+        prompt = self.prompt(passages, question, prefix)
+        added = 0
+        for i, (start, end) in enumerate(prompt.spans):
+            key = self._key(prompt, i)
+            if key not in self.chunks:
+                self.chunks.put(key, self._encode(prompt.tokens[start:end], self._behind(prompt, i)))
+                added += 1
+        return added
+
+    def _behind(self, prompt: Prompt, i: int) -> Tensor:
+        """Tokens that stand before span i while it is computed for the store."""
+        is_prefix = prompt.prefix and i == 0
+        if self.config.encode == "prefix" and prompt.prefix and not is_prefix:
+            return prompt.tokens[: prompt.spans[0][1]]
+        bos = self.runner.bos_id
+        if self.config.encode == "bos" and not is_prefix and bos is not None and prompt.spans[i][0] > 0:
+            return torch.tensor([bos])
+        return prompt.tokens[:0]
+
+    def _key(self, prompt: Prompt, i: int) -> bytes:
+        start, end = prompt.spans[i]
+        behind = self._behind(prompt, i).numpy().tobytes()
+        return chunk_key(self.runner.fingerprint, self.config.salt, behind, prompt.tokens[start:end])
+
+    def _encode(self, tokens: Tensor, behind: Tensor) -> KVChunk:
+        ids = torch.cat((behind, tokens))
+        kv = self.runner.new_kv(len(ids))
+        start, rows = len(behind), torch.arange(len(ids))
+        angles = self.runner.rotary.at(rows)
+        if start and (stored := self.chunks.get(self._prefix_key(behind))) is not None:
+            whole = _Hit(0, start, stored.chunk, True)
+            kv.fill_with(self._loader([whole], angles, {}))
+            rows = rows[start:]
+        self.runner.forward([ids], [kv], Plan([rows]))
+        return self._chunk(ids, kv, start, len(ids), angles, exact=True)
+
+    def _prefix_key(self, behind: Tensor) -> bytes:
+        return chunk_key(self.runner.fingerprint, self.config.salt, b"", behind)
+
+    def _chunk(self, ids: Tensor, kv: Any, start: int, end: int, angles: Angles, exact: bool) -> KVChunk:
+        """Pre-RoPE copy of positions start..end of kv."""
+        part, positions, layers = angles[start:end], torch.arange(start, end), []
+        for i in range(self.runner.num_layers):
+            k, v = part.unrotate(i, *kv.read(i, positions))
+            layers.append((k[0].cpu().contiguous(), v[0].cpu().contiguous()))
+        digest = context_digest(ids[:start], angles.regime()) if exact else None
+        return KVChunk(ids[start:end].clone(), tuple(layers), digest)
+
+    # ------------------------------------------------------------------ prefill
+    def prefill(
+        self,
+        passages: Prompt | Sequence[str],
+        question: str = "",
+        prefix: str = "",
+        *,
+        policy: str | RowPolicy | None = None,
+        recompute_ratio: float | None = None,
+    ) -> Prefill:
+        """Blend one prompt up to its first token.
+
+        passages: a Prompt, or passages of text followed by a question. policy, recompute_ratio: for this call only.
+        Raises UnknownNameError, ConfigError, SegmentError, ContextLengthError.
+        """
+        prompt = self.prompt(passages, question, prefix)
+        return self.prefill_batch([prompt], policy=policy, recompute_ratio=recompute_ratio)[0]
+
+    def prefill_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        policy: str | RowPolicy | None = None,
+        recompute_ratio: float | None = None,
+    ) -> list[Prefill]:
+        """Blend several prompts in one forward; stage times in the traces are those of the whole batch."""
+        chosen = self.policy if policy is None else get_policy(policy) if isinstance(policy, str) else policy
+        ratio = self.config.recompute_ratio if recompute_ratio is None else recompute_ratio
+        if not 0.0 <= ratio <= 1.0:
+            raise ConfigError(f"recompute_ratio = {ratio}: choose a number in [0, 1]")
+        clock = _Clock()
+        fixed = chosen.fixed_ratio
+        works = [self._load(p, chosen, ratio if fixed is None else fixed, clock) for p in prompts]
+        plan = self._plan(works, chosen, ratio if fixed is None else fixed, clock)
+        with clock("forward"):
+            computed = self.runner.forward([w.prompt.tokens for w in works], [w.kv for w in works], plan)
+            assert computed.logits is not None
+            logits = [row[-1] for row in computed.logits]
+            logits[0].argmax().item()  # the first token; waits for the device
+        total = clock.total()
+        stages = clock.stages()
+        for b, work in enumerate(works):
+            trace = work.trace
+            trace.rows = [torch.unique(r[b].cpu()) for r in computed.rows]
+            trace.flops += self.runner.cost.forward(trace.rows, len(work.prompt), 1)
+            trace.deviation, trace.ttft_ms, trace.stages_ms = work.deviation.table, total, stages
+        if self.config.store_misses:
+            for work in works:
+                self._store_misses(work)
+        return [Prefill(self.runner, w.prompt, w.kv, x, w.trace) for w, x in zip(works, logits, strict=True)]
+
+    generate_batch = staticmethod(generate_batch)
+
+    def _load(self, prompt: Prompt, policy: RowPolicy, ratio: float, clock: "_Clock") -> Work:
+        """Look the spans up, and set the KV up so that each layer is placed when the forward comes to it."""
+        with clock("load"):
+            kv = self.runner.new_kv(len(prompt))
+            angles = self.runner.rotary.at(torch.arange(len(prompt)))
+            hits, kinds, loaded = [], [], 0
+            for i, (start, end) in enumerate(prompt.spans):
+                stored = None if policy.reuse == "none" else self.chunks.get(self._key(prompt, i))
+                if stored is None or not torch.equal(stored.chunk.tokens, prompt.tokens[start:end]):
+                    kinds.append((start, end, "miss"))
+                    continue
+                digest = context_digest(prompt.tokens[:start], angles.regime())
+                exact = stored.chunk.exact_after == digest
+                leading = exact and sum(h.end - h.start for h in hits) == start and all(h.exact for h in hits)
+                if policy.reuse == "prefix" and not leading:
+                    kinds.append((start, end, "miss"))
+                    continue
+                hits.append(_Hit(start, end, stored.chunk, exact))
+                kinds.append((start, end, "exact" if exact else "reused"))
+                loaded += stored.nbytes
+            if hits:
+                kv.fill_with(self._loader(hits, angles, clock.times))
+            candidate = torch.zeros(len(prompt), dtype=torch.bool)
+            uncached = torch.ones(len(prompt), dtype=torch.bool)
+            for hit in hits:
+                uncached[hit.start : hit.end] = False
+                candidate[hit.start : hit.end] = not hit.exact
+            uncached[-1] = True
+            candidate[-1] = False
+        trace = Trace(
+            method=_name(policy),
+            recompute_ratio=ratio if policy.fixed_ratio is None else None,
+            tokens=len(prompt),
+            loaded_bytes=loaded,
+            hits=kinds,
+            full_flops=self.runner.cost.full(len(prompt)),
+        )
+        signals = base_signals(prompt, candidate)
+        deviation = Deviation(self.runner.num_layers, candidate)
+        rows = uncached.nonzero().flatten()
+        return Work(prompt, kv, trace, angles, candidate, uncached, rows, signals, deviation)
+
+    def _loader(self, hits: list[_Hit], angles: Angles, times: dict[str, float]):
+        parts = [angles[h.start : h.end] for h in hits]
+
+        def load(layer: int, k: Tensor, v: Tensor) -> None:
+            began = time.perf_counter()
+            for hit, part in zip(hits, parts, strict=True):
+                piece, turn = part.layers[layer], part.turns[layer]
+                for slot, buffer in ((0, k), (1, v)):
+                    source = hit.chunk.layers[layer][slot].to(buffer.device)
+                    place(buffer, source, hit.start, turn if piece is not None and piece.slot == slot else None, piece)
+            times["place"] = times.get("place", 0.0) + time.perf_counter() - began
+
+        return load
+
+    def _plan(self, works: list[Work], policy: RowPolicy, ratio: float, clock: "_Clock") -> Plan:
+        schedule = policy.schedule(self.runner.num_layers, ratio) if 0.0 < ratio < 1.0 else {0: ratio}
+        open_ = any(bool(w.candidate.any()) for w in works)
+        checks = {}
+        if not open_ or ratio == 0.0:
+            pass  # nothing to choose from, or nothing to choose
+        elif ratio == 1.0:
+            for w in works:
+                w.rows = (w.candidate | w.uncached).nonzero().flatten()
+        elif 0 in schedule:
+            with clock("probe"):
+                for w in works:
+                    self._probe(w, policy)
+            with clock("select"):
+                for w in works:
+                    scores = w.note_scores(policy.score(w.signals))
+                    picked = top(scores, w.candidate, round(schedule[0] * int(w.candidate.sum())))
+                    w.rows = torch.cat((picked, w.rows)).sort().values
+        else:
+            for w in works:
+                w.rows = (w.candidate | w.uncached).nonzero().flatten()
+            flops = self.runner.cost.check
+            checks = {i: deviation_chooser(policy, works, share, flops[i]) for i, share in schedule.items()}
+
+        def observe(layer: int, b: int, *seen: Tensor) -> None:
+            works[b].deviation(layer, *seen)
+
+        return Plan([w.rows for w in works], checks=checks, observer=observe)
+
+    def _probe(self, work: Work, policy: RowPolicy) -> None:
+        limit = getattr(policy, "max_queries", 64)
+        last_cached = int((~work.uncached).nonzero()[-1])
+        question = torch.arange(max(last_cached + 1, len(work.prompt) - limit), len(work.prompt))
+        if "oracle" in policy.needs:
+            self._true(work, question)
+        elif "query_probe" in policy.needs:
+            hidden = work.uncached.clone()
+            hidden[question] = False
+            work.trace.flops += run_probe(self.runner, work.prompt, work.kv, question, hidden, work.signals)
+
+    def _true(self, work: Work, question: Tensor) -> None:
+        """What only a full prefill knows: the true deviation of the reused KV and the question's true attention."""
+        every, tokens = torch.arange(len(work.prompt)), work.prompt.tokens
+        fresh = self.runner.new_kv(len(tokens))
+        self.runner.forward([tokens], [fresh], Plan([every]))
+        deviation = Deviation(self.runner.num_layers, work.candidate)
+        for i in range(self.runner.num_layers):
+            k, v = fresh.read(i, every)
+            deviation(i, every, k[0], v[0], *work.kv.layer(i))
+        work.signals.true_deviation = deviation.table
+        none = torch.zeros(len(tokens), dtype=torch.bool)
+        work.trace.flops += self.runner.cost.full(len(tokens))
+        work.trace.flops += run_probe(self.runner, work.prompt, fresh, question, none, work.signals)
+
+    def _store_misses(self, work: Work) -> None:
+        """Keep the KV of spans met for the first time; it is exact only where nothing approximate stands before it."""
+        computed = torch.zeros(len(work.prompt), dtype=torch.bool)
+        computed[work.trace.rows[-1]] = True
+        stale = (work.candidate & ~computed).nonzero().flatten()
+        first_stale = int(stale[0]) if len(stale) else len(work.prompt)
+        for i, (start, end) in enumerate(work.prompt.spans):
+            key = self._key(work.prompt, i)
+            if bool(computed[start:end].all()) and key not in self.chunks:
+                ids = work.prompt.tokens
+                self.chunks.put(key, self._chunk(ids, work.kv, start, end, work.angles, exact=start <= first_stale))
+
+
+class _Clock:
+    """Wall time per stage, in the order of the stages; placing happens inside forwards and is taken out of them."""
+
+    def __init__(self) -> None:
+        self.began, self.times = time.perf_counter(), {}
+        self._stage: list[tuple[str, float, float]] = []
+
+    def __call__(self, stage: str) -> "_Clock":
+        self._stage.append((stage, time.perf_counter(), self.times.get("place", 0.0)))
+        return self
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        stage, began, placed = self._stage.pop()
+        spent = time.perf_counter() - began - (self.times.get("place", 0.0) - placed)
+        self.times[stage] = self.times.get(stage, 0.0) + spent
+
+    def total(self) -> float:
+        return (time.perf_counter() - self.began) * 1e3
+
+    def stages(self) -> dict[str, float]:
+        return {s: self.times.get(s, 0.0) * 1e3 for s in ("load", "place", "probe", "select", "forward")}
+
+
+def _name(policy: RowPolicy) -> str:
+    return next((name for name in policies if policies.get(name) is type(policy)), type(policy).__name__)
