@@ -1,7 +1,7 @@
 """Scores of one sample: text against reference answers, logits against full prefill's.
 
-F1 and exact match follow SQuAD (arXiv:1606.05250: lower case, no punctuation, no articles), Rouge-L is that of the
-rouge-score package with stemming, as in CacheBlend's evaluation. Distributions are compared in float64.
+F1 and exact match follow SQuAD (arXiv:1606.05250: lower case, no punctuation, no articles), Rouge-L is that
+of the rouge-score package with stemming. Distributions are compared in float64.
 """
 
 import re
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lmcache_blend.errors import ConfigError
-
 
 ROWS_AT_ONCE = 16
 """Rows of logits taken to float64 together; bounds memory at large vocabularies."""
@@ -34,7 +33,7 @@ def normalise(text: str) -> str:
 
 
 def text_scores(prediction: str, answers: Sequence[str]) -> dict[str, float]:
-    """f1, em, rouge_l and contains (an answer stands in the prediction), each the best over the answers, 0 to 1.
+    """f1, em, rouge_l and contains (an answer stands in the prediction), each the best over answers, 0 to 1.
 
     Raises ConfigError where there are no answers or rouge-score is not installed.
 
@@ -77,8 +76,9 @@ def nll(logits: Tensor, tokens: Tensor) -> float:
 def logit_scores(logits: Tensor, reference: Tensor, tokens: Tensor) -> dict[str, float]:
     """A method's logits [n, V] against full prefill's [n, V], over the answer's tokens [n] int64.
 
-    nll: of the tokens under the method, mean, nats. kl: mean KL(reference || method), nats, at least 0. top1_agreement:
-    fraction of rows where both name the same most likely token. Raises ConfigError on shapes that do not fit.
+    nll: of the tokens under the method, mean, nats. kl: mean KL(reference || method), nats, at least 0.
+    top1_agreement: fraction of rows where both name the same most likely token. Raises ConfigError on shapes
+    that do not fit.
     """
     _check(logits, tokens)
     if reference.shape != logits.shape:
@@ -109,7 +109,8 @@ def _blocks(logits: Tensor, tokens: Tensor, *more: Tensor) -> Iterator[tuple[Ten
 def _check(logits: Tensor, tokens: Tensor) -> None:
     if logits.dim() != 2 or tokens.shape != logits.shape[:1] or len(tokens) == 0:
         raise ConfigError(
-            f"logits [n, V] and tokens [n], n at least 1, are needed; got {tuple(logits.shape)} and {tuple(tokens.shape)}"
+            f"logits [n, V] and tokens [n], n at least 1, are needed; "
+            f"got {tuple(logits.shape)} and {tuple(tokens.shape)}"
         )
 
 

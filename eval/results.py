@@ -78,7 +78,7 @@ class RunConfig(pydantic.BaseModel):
 class SampleResult(pydantic.BaseModel):
     """One line of samples.jsonl: one sample under one method, beside full prefill in the same loop."""
 
-    model_config = pydantic.ConfigDict(frozen=True)
+    model_config = pydantic.ConfigDict(frozen=True, allow_inf_nan=False)
 
     id: str
     """The sample's id in its task."""

@@ -1,7 +1,7 @@
 """Intervals over samples: paired bootstrap, percentile method, 95 %.
 
-Every function resamples whole samples, so that what was measured on one sample stays together. The seed is fixed: the same
-numbers give the same interval.
+Every function resamples whole samples, so that what was measured on one sample stays together. The seed is
+fixed: the same numbers give the same interval.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lmcache_blend.errors import ConfigError
-
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -46,8 +45,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> Interval:
 def normalised_quality(nll_none: ArrayLike, nll_method: ArrayLike, nll_full: ArrayLike) -> Interval:
     """How much of what the context brings survives: sum(none - method) / sum(none - full), each [n], nats.
 
-    1 is full prefill, 0 is no context; a method may lie outside. A ratio of sums, because the ratio of a single sample is
-    unbounded where context brings it nothing. NaN where context brings nothing in all (see has_signal).
+    1 is full prefill, 0 is no context; a method may lie outside. A ratio of sums: the ratio of a single
+    sample is unbounded where context brings it nothing. NaN where it brings nothing in all (see has_signal).
     """
     none, method, full = _columns(nll_none, nll_method, nll_full)
     draws = _draws(len(none))
@@ -59,7 +58,10 @@ def normalised_quality(nll_none: ArrayLike, nll_method: ArrayLike, nll_full: Arr
 
 
 def has_signal(nll_none: ArrayLike, nll_full: ArrayLike) -> bool:
-    """Whether context helps full prefill: the interval of the paired NLL difference lies above 0 (two samples at least)."""
+    """Whether context helps full prefill: the interval of the paired NLL difference lies above 0.
+
+    One sample alone has no spread to judge by, so it never counts as signal.
+    """
     gain = paired_difference(nll_none, nll_full)
     return len(np.atleast_1d(nll_none)) > 1 and gain.low > 0
 

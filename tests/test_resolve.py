@@ -278,15 +278,15 @@ def test_a_killed_conversion_leaves_no_model_and_two_at_once_convert_once(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Path:
+def converted() -> Path:
     """The packaged model itself, converted into the user's cache by the first run that needs it."""
     target = cache_dir() / "models" / "smollm2-135m"
     packaged.convert(target, is_complete)
     return target
 
 
-def test_the_converted_tokenizer_is_the_one_that_the_model_was_trained_with(smollm2):
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+def test_the_converted_tokenizer_is_the_one_that_the_model_was_trained_with(converted):
+    tokenizer = AutoTokenizer.from_pretrained(converted)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<|im_start|>",
         "<|im_end|>",
@@ -312,9 +312,9 @@ def test_the_converted_tokenizer_is_the_one_that_the_model_was_trained_with(smol
     text_comes_back()
 
 
-def test_the_converted_model_answers(smollm2):
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype="auto")
+def test_the_converted_model_answers(converted):
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    model = AutoModelForCausalLM.from_pretrained(converted, dtype="auto")
     assert model.dtype == torch.float32
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     ids = tokenizer.apply_chat_template(

@@ -14,7 +14,6 @@ from lmcache_blend.eval.tasks.base import (
     tasks,
 )
 
-
 __all__ = [
     "KINDS",
     "Sample",

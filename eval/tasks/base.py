@@ -1,7 +1,7 @@
 """The way to tasks: a registry of factories, and load_task, which also reads local JSONL files.
 
-A third party adds a task with `@tasks.register("mine")` on a function (limit, seed, **options) -> Task, or by an entry point
-in the group lmcache_blend.tasks.
+A third party adds a task with `@tasks.register("mine")` on a function (limit, seed, **options) -> Task, or by
+an entry point in the group lmcache_blend.tasks.
 """
 
 import functools
@@ -16,7 +16,6 @@ from lmcache_blend.eval.tasks.jsonl import load_jsonl
 from lmcache_blend.eval.tasks.prompts import answer_tokens, build_prompt, post_process
 from lmcache_blend.eval.tasks.sample import KINDS, Sample, Task, max_new_tokens
 from lmcache_blend.registry import Registry
-
 
 __all__ = [
     "KINDS",
@@ -38,8 +37,10 @@ TaskFactory = Callable[..., Task]
 tasks: Registry[TaskFactory] = Registry("task", "lmcache_blend.tasks")
 
 
-def register_task(name: str, options: type[Config] = Config) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
-    """Register build(limit, seed, options) as a task whose options are the fields of a Config, checked before it runs.
+def register_task(
+    name: str, options: type[Config] = Config
+) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
+    """Register build(limit, seed, options) as a task; options are fields of a Config, checked before it runs.
 
     Example:
         >>> class Size(Config):
@@ -58,7 +59,9 @@ def register_task(name: str, options: type[Config] = Config) -> Callable[[Callab
         def factory(limit: int, seed: int, **given: Any) -> Task:
             return build(limit, seed, options(**given))
 
-        own = [inspect.Parameter(p, inspect.Parameter.KEYWORD_ONLY, default=None) for p in options.model_fields]
+        own = [
+            inspect.Parameter(p, inspect.Parameter.KEYWORD_ONLY, default=None) for p in options.model_fields
+        ]
         sized = list(inspect.signature(build).parameters.values())[:2]
         factory.__signature__ = inspect.Signature([*sized, *own])  # pyright: ignore[reportAttributeAccessIssue]
         tasks.register(name)(factory)
@@ -75,16 +78,18 @@ def task_options(name: str) -> tuple[str, ...]:
 
 
 def load_task(name: str, data: Path | None, limit: int, seed: int, **options: Any) -> Task:
-    """A registered task, or with `data` the JSONL file of that path under the given name (the file's stem if empty).
+    """A registered task, or with `data` that JSONL file under the name given (its stem where that is empty).
 
-    The same seed gives the same samples, and a larger limit only adds to them. Raises UnknownNameError, ConfigError (limit,
-    options) and DataError (a file or hub set that is missing or broken).
+    The same seed gives the same samples, and a larger limit only adds to them. Raises UnknownNameError,
+    ConfigError (limit, options) and DataError (a file or hub set that is missing or broken).
     """
     if limit < 1:
         raise ConfigError(f"limit = {limit}: a task needs at least 1 sample")
     if data is not None:
         if options:
             known = ", ".join(sorted(options))
-            raise ConfigError(f"a JSONL file takes no task options, got: {known}; leave them out or leave out --data")
+            raise ConfigError(
+                f"a JSONL file takes no task options, got: {known}; leave them out or leave out --data"
+            )
         return load_jsonl(Path(data), limit, seed, name=name or None)
     return tasks.get(name)(limit, seed, **options)

@@ -1,22 +1,22 @@
 """Retrieval tasks made by code: nothing to download, any size, the same samples for the same seed.
 
-needle and multi_key follow RULER's niah_single and niah_multikey (arXiv:2404.06654), variable_tracing its variable tracking
-asked as one value, key_value the retrieval of Lost in the Middle (arXiv:2307.03172).
+needle and multi_key follow RULER's niah_single and niah_multikey (arXiv:2404.06654), variable_tracing its
+variable tracking asked as one value, key_value the retrieval of Lost in the Middle (arXiv:2307.03172).
 """
 
 import json
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pydantic
 
 from lmcache_blend.config import Config
 from lmcache_blend.errors import ConfigError
 from lmcache_blend.eval.tasks.base import register_task
-from lmcache_blend.eval.tasks.haystack import haystack, insert
+from lmcache_blend.eval.tasks.haystack import haystack
 from lmcache_blend.eval.tasks.sample import Sample, Task, max_new_tokens
 from lmcache_blend.eval.tasks.words import ADJECTIVES, NOUNS
-
 
 MAX_KEYS = len(ADJECTIVES) * len(NOUNS) // 4
 """Keys that one prompt may hold, so that drawing different ones stays quick."""
@@ -57,7 +57,7 @@ class TracingOptions(HaystackOptions):
 
 
 def generate(name: str, kind: str, limit: int, seed: int, draw: Callable[[random.Random], tuple]) -> Task:
-    """A task of `limit` samples; draw(rng) -> (question, contexts, answers), each sample with a generator of its own."""
+    """`limit` samples of draw(rng) -> (question, contexts, answers), each with a generator of its own."""
     samples = []
     for index in range(limit):
         sample_id = f"{name}/{seed}/{index}"
@@ -83,7 +83,9 @@ def key_value(limit: int, seed: int, options: KeyValueOptions) -> Task:
     """Look one key up in JSON objects. Raises ConfigError where there are more pairs than different keys."""
     total = options.passages * options.pairs
     if total > MAX_KEYS:
-        raise ConfigError(f"passages * pairs = {total} is more than {MAX_KEYS} different keys; lower one of them")
+        raise ConfigError(
+            f"passages * pairs = {total} is more than {MAX_KEYS} different keys; lower one of them"
+        )
 
     def draw(rng: random.Random) -> tuple:
         keys, values = _keys(rng, total), _numbers(rng, total, digits=7)
@@ -98,11 +100,12 @@ def key_value(limit: int, seed: int, options: KeyValueOptions) -> Task:
 
 @register_task("variable_tracing", TracingOptions)
 def variable_tracing(limit: int, seed: int, options: TracingOptions) -> Task:
-    """Follow VAR B = VAR A back to VAR A = 12345. Raises ConfigError where there are more variables than names."""
+    """Follow VAR B = VAR A back to VAR A = 12345. Raises ConfigError where variables outnumber names."""
     size = options.hops + 1
     if options.chains * size > len(NOUNS):
         raise ConfigError(
-            f"chains * (hops + 1) = {options.chains * size} is more than {len(NOUNS)} variable names; lower one of them"
+            f"chains * (hops + 1) = {options.chains * size} is more than {len(NOUNS)} variable names; "
+            "lower one of them"
         )
 
     def draw(rng: random.Random) -> tuple:
@@ -112,13 +115,11 @@ def variable_tracing(limit: int, seed: int, options: TracingOptions) -> Task:
         for chain, value in enumerate(values):
             links = names[chain * size : (chain + 1) * size]
             texts = [f"VAR {links[0]} = {value}."]
-            texts += [f"VAR {link} = VAR {before}." for before, link in zip(links, links[1:], strict=False)]
-            # A variable is set no later than the passage that reads it.
-            places = sorted(rng.choices(range(len(passages)), k=size))
-            for place, text in zip(places, texts, strict=True):
-                passages[place] = insert(rng, passages[place], text)
+            texts += [f"VAR {link} = VAR {before}." for before, link in pairwise(links)]
+            _insert_in_order(rng, passages, texts)
         asked = rng.randrange(options.chains)
-        question = f"Variables are set by lines such as VAR A = VAR B. What number does VAR {names[asked * size + size - 1]} hold?"
+        last = names[(asked + 1) * size - 1]
+        question = f"Variables are set as in VAR A = VAR B. What number does VAR {last} hold?"
         return question, map(" ".join, passages), (values[asked],)
 
     return generate("variable_tracing", "needle", limit, seed, draw)
@@ -129,9 +130,19 @@ def _needles(rng: random.Random, options: HaystackOptions, count: int) -> tuple:
     keys, numbers = _keys(rng, count), _numbers(rng, count, digits=7)
     for key, number in zip(keys, numbers, strict=True):
         place = rng.randrange(len(passages))
-        passages[place] = insert(rng, passages[place], f"The special magic number for {key} is: {number}.")
+        at = rng.randint(0, len(passages[place]))
+        passages[place].insert(at, f"The special magic number for {key} is: {number}.")
     question = f"What is the special magic number for {keys[0]} mentioned in the provided text?"
     return question, map(" ".join, passages), (numbers[0],)
+
+
+def _insert_in_order(rng: random.Random, passages: list[list[str]], texts: list[str]) -> None:
+    """Put texts between sentences at random, each before the next: a variable is set before it is read."""
+    slots = [(place, at) for place, passage in enumerate(passages) for at in range(len(passage) + 1)]
+    chosen = sorted(rng.choices(slots, k=len(texts)))
+    # From the back, so that one insertion does not move the slots of the others.
+    for (place, at), text in zip(reversed(chosen), reversed(texts), strict=True):
+        passages[place].insert(at, text)
 
 
 def _keys(rng: random.Random, count: int) -> list[str]:

@@ -1,24 +1,25 @@
 """Real English prose without a download: the language reference that CPython ships as `pydoc_data.topics`.
 
-The text differs a little between Python versions, so generated samples are the same for one seed and one Python version.
+The text differs a little between Python versions, so generated samples are the same for one seed and one
+Python version.
 """
 
 import random
 import re
 from functools import lru_cache
-
 from pydoc_data import topics
 
-
 MIN_WORDS = 15
-_MARKUP = str.maketrans({"“": '"', "”": '"', "’": "'", "‘": "'", "…": "...", "*": "", '"': "", "`": "", "—": " - "})
+_MARKUP = str.maketrans(
+    {"“": '"', "”": '"', "’": "'", "‘": "'", "…": "...", "*": "", '"': "", "`": "", "—": " - "}
+)
 _NOTES = ("Changed in version", "New in version", "Added in version", "Deprecated")
 _CODE = re.compile(r"::|->|>>>|==|\[\]|[{}<>|\\=]|_\w*_")
 
 
 @lru_cache(maxsize=1)
 def sentences() -> tuple[tuple[str, ...], ...]:
-    """Paragraphs of plain prose, each its sentences in order; grammar rules, code, lists and tables are left out."""
+    """Paragraphs of plain prose, each as its sentences; grammar, code, lists and tables are left out."""
     found = {}
     for topic in sorted(topics.topics):
         for block in re.split(r"\n\s*\n", topics.topics[topic]):
@@ -32,8 +33,7 @@ def sentences() -> tuple[tuple[str, ...], ...]:
 
 
 def haystack(rng: random.Random, passages: int, words: int) -> list[list[str]]:
-    """`passages` lists of sentences, each list about `words` words from consecutive paragraphs, no two paragraphs twice
-    until all were used."""
+    """`passages` lists of sentences of about `words` words; no paragraph twice before all were used."""
     pool = list(sentences())
     at = rng.randrange(len(pool))
     out = []
@@ -49,9 +49,3 @@ def haystack(rng: random.Random, passages: int, words: int) -> list[list[str]]:
         out.append(passage)
     rng.shuffle(out)
     return out
-
-
-def insert(rng: random.Random, passage: list[str], sentence: str) -> list[str]:
-    """The passage with one sentence more, somewhere between its own."""
-    at = rng.randint(0, len(passage))
-    return [*passage[:at], sentence, *passage[at:]]

@@ -1,7 +1,7 @@
 """Local data files: one JSON object a line.
 
-Fields: id (unique), task (the kind, the same on every line), question, contexts [passages] and answers [texts]. Others are
-left alone. A `dataset` field is only a label.
+Fields: id (unique), task (the kind, the same on every line), question, contexts [passages], answers [texts].
+Others are ignored.
 """
 
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 from lmcache_blend.errors import DataError, nearest
 from lmcache_blend.eval.tasks.sample import KINDS, Sample, Task, max_new_tokens
 
-
 LM_ANSWER_WORDS = 48
 """Words at the end of an article that a language-modelling sample predicts: about 64 tokens."""
 
@@ -19,7 +18,7 @@ _ABSENT = object()
 
 
 def load_jsonl(path: Path, limit: int, seed: int, name: str | None = None) -> Task:
-    """The first `limit` samples of the file: in its own order for seed 0, else in an order that the seed shuffles.
+    """The first `limit` samples of a file: in its own order for seed 0, else shuffled by the seed.
 
     Every line is checked, not only those taken. Raises DataError, which names the file and the line.
     """
@@ -36,11 +35,13 @@ def load_jsonl(path: Path, limit: int, seed: int, name: str | None = None) -> Ta
         kind, sample = _parse(line, f"{path}, line {number}")
         first = ids.setdefault(sample.id, number)
         if first != number:
-            raise DataError(f"{path}, line {number}: id {sample.id!r} is also that of line {first}; ids must differ")
+            raise DataError(
+                f"{path}, line {number}: id {sample.id!r} is also that of line {first}; ids must differ"
+            )
         kinds.setdefault(kind, number)
         if len(kinds) > 1:
             raise DataError(
-                f"{path}, line {number}: task {kind!r} differs from {samples_kind(kinds)!r} of the lines before; "
+                f"{path}, line {number}: task {kind!r} differs from {next(iter(kinds))!r} before it; "
                 "split the file by task"
             )
         samples.append(sample)
@@ -48,13 +49,8 @@ def load_jsonl(path: Path, limit: int, seed: int, name: str | None = None) -> Ta
         raise DataError(f"{path} holds no samples; expected one JSON object a line")
     if seed:
         random.Random(seed).shuffle(samples)
-    kind = samples_kind(kinds)
+    kind = next(iter(kinds))
     return Task(name or path.stem, kind, tuple(samples[:limit]), max_new_tokens(kind))
-
-
-def samples_kind(kinds: dict[str, int]) -> str:
-    """The kind seen first."""
-    return next(iter(kinds))
 
 
 def _parse(line: bytes, where: str) -> tuple[str, Sample]:
@@ -121,5 +117,12 @@ def _texts(row: dict, field: str, where: str) -> list[str]:
 
 
 def _kind_of(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return "null" if value is None else names[type(value)]

@@ -1,8 +1,9 @@
 """From a sample to token ids and back to an answer.
 
-A prompt is [instructions][passage 1]...[passage n][question]. Every piece is tokenised on its own and the ids are joined, so
-that a passage has the same ids wherever it stands. Instructions and passages are spans whose KV may be reused; the question is
-outside every span. The format is plain text, not a chat template: small models answer better behind two worked examples.
+A prompt is [instructions][passage 1]...[passage n][question]. Every piece is tokenised on its own and the ids
+are joined, so that a passage has the same ids wherever it stands. Instructions and passages are spans whose
+KV may be reused; the question is outside every span. The format is plain text behind worked examples, not a
+chat template, so that base models and small ones can be measured too.
 """
 
 import re
@@ -16,16 +17,15 @@ from lmcache_blend.errors import ConfigError, nearest
 from lmcache_blend.eval.tasks.sample import KINDS, Sample
 from lmcache_blend.types import Prompt
 
-
 LM_TAIL_TOKENS = 8
 """Tokens of a text without a question that stay outside the spans: a prompt must end outside of one."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """Texts of one kind of task. {} stands for the passage, the question or the answer; cue ends the question.
+    """Texts of one kind of task; {} stands for the passage, the question or the answer.
 
-    stop: regular expression; what a model writes from there on is not its answer any more.
+    cue: ends the question. stop: regular expression; what a model writes from there on is no answer any more.
     """
 
     prefix: str
@@ -39,12 +39,14 @@ class Template:
 QA = Template(
     prefix=(
         "Answer each question with a few words taken from the passages.\n\n"
-        "Passage: The Tolland lighthouse was built in 1874 by the engineer Maria Hask. It is 31 metres tall and stands on a rock "
-        "two miles off the coast. A keeper lived there until 1962, when the lamp became electric.\n"
+        "Passage: The Tolland lighthouse was built in 1874 by the engineer Maria Hask. It is 31 metres tall "
+        "and stands on a rock two miles off the coast. A keeper lived there until 1962, when the lamp became "
+        "electric.\n"
         "Question: Who built the Tolland lighthouse?\n"
         "Answer: Maria Hask\n\n"
         "Passage: Anton Verrel grew up in Brackwater and became a baker like his mother.\n"
-        "Passage: Brackwater is a small town on the river Ouse. It is known for its market of glass and copper.\n"
+        "Passage: Brackwater is a small town on the river Ouse. It is known for its market of glass and "
+        "copper.\n"
         "Question: What is the town where Anton Verrel grew up known for?\n"
         "Answer: its market of glass and copper\n\n"
     ),
@@ -67,7 +69,8 @@ TEMPLATES: dict[str, Template] = {
     "needle": Template(
         prefix=(
             "A fact is hidden in the text. Answer the question with that fact alone.\n\n"
-            "Text: The office opens at nine. The access code of the north gate is: 90175. Boats are checked on Mondays.\n"
+            "Text: The office opens at nine. The access code of the north gate is: 90175. Boats are checked "
+            "on Mondays.\n"
             "Question: What is the access code of the north gate mentioned in the provided text?\n"
             "Answer: 90175\n\n"
         ),
@@ -85,10 +88,11 @@ TEMPLATES: dict[str, Template] = {
     "math": Template(
         prefix=(
             "Solve each problem step by step.\n\n"
-            "Question: A box holds 6 pens. Nora buys 4 boxes and gives 5 pens away. How many pens does she keep?\n"
+            "Question: A box holds 6 pens. Nora buys 4 boxes and gives 5 pens away. How many does she keep?\n"
             "Answer: She buys 4 * 6 = 24 pens. She keeps 24 - 5 = 19 pens. The answer is 19.\n\n"
-            "Question: A tram ride costs $3. Ivo rides twice a day for 5 days and has $40. How much money is left?\n"
-            "Answer: He rides 2 * 5 = 10 times. The rides cost 10 * 3 = $30. He has 40 - 30 = $10 left. The answer is 10.\n\n"
+            "Question: A tram ride costs $3. Ivo rides twice a day for 5 days, with $40. How much is left?\n"
+            "Answer: He rides 2 * 5 = 10 times. The rides cost 10 * 3 = $30. He has 40 - 30 = $10 left. "
+            "The answer is 10.\n\n"
         ),
         passage="{}\n",
         question="Question: {}",
@@ -117,10 +121,11 @@ def build_prompt(
 ) -> Prompt:
     """The prompt of a sample for a Hugging Face tokenizer, ready for its answer.
 
-    First span: the instructions, behind the BOS token where the tokenizer adds one (prefix=True); then the passages, one span
-    each, those longer than chunk_tokens cut into several; then the question. Without context only instructions and question
-    are left. A sample without a question (language modelling) keeps the last 8 tokens of its text outside the spans in its
-    place, with and without context. Raises ConfigError (kind, chunk_tokens, nothing to ask).
+    First span: the instructions, behind the BOS token where the tokenizer adds one (prefix=True); then the
+    passages, one span each, those longer than chunk_tokens cut into several; then the question. Without
+    context only instructions and question are left. A sample without a question (language modelling) keeps
+    the last 8 tokens of its text outside the spans in its place, with and without context. Raises ConfigError
+    (kind, chunk_tokens, nothing to ask).
     """
     template = _template(kind)
     if chunk_tokens < 1:
@@ -137,14 +142,14 @@ def build_prompt(
 
 
 def answer_tokens(sample: Sample, kind: str, tokenizer: Any, limit: int = 64) -> Tensor | None:
-    """[n] int64: the first answer as it follows the prompt, at most `limit` tokens; None where the sample has no answer."""
+    """[n] int64: the first answer as it follows the prompt, at most `limit` tokens; None without one."""
     if not sample.answers or not sample.answers[0].strip():
         return None
     template = _template(kind)
     answer = template.answer.format(sample.answers[0].strip())
     cue = template.cue or "."
     before, both = _encode(tokenizer, cue), _encode(tokenizer, cue + answer)
-    # Behind the cue rather than alone: SentencePiece tokenizers put a space of their own before a text that starts anew.
+    # Behind the cue, not alone: SentencePiece tokenizers put a space of their own before a new text.
     ids = both[len(before) :] if both[: len(before)] == before else _encode(tokenizer, answer)
     return torch.tensor(ids[:limit], dtype=torch.long) if ids else None
 
@@ -187,7 +192,7 @@ def _template(kind: str) -> Template:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: a passage longer than the model is cut into spans, so the tokenizer's warning would mislead.
+    # verbose=False: a passage longer than the model is cut into spans, so the warning would mislead.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 

@@ -12,7 +12,7 @@ DEFAULT_NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt's worth: contexts are the passages in order; answers may be empty (fidelity sets: KL only)."""
+    """One prompt's worth: contexts are the passages in order; answers may be empty (fidelity: KL only)."""
 
     id: str
     question: str

@@ -22,22 +22,32 @@ from lmcache_blend.blend.runner import CostModel, Plan
 from lmcache_blend.config import cache_dir
 from lmcache_blend.errors import UnsupportedModelError
 from lmcache_blend.hf.dense import DenseKV, KVPool
-from lmcache_blend.hf.learn import Capture, capture, learn_cost, learn_rotary
+from lmcache_blend.hf.learn import Capture, learn_cost, learn_rotary
 
 TOKENS = 96
 REVISION = 1  # raise it when what the gates check changes: kept outcomes of an older revision do not count
 
 
-def tolerances(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative error of the rotation fit, error of a logit over the largest logit) that count as equal in dtype."""
-    return (2e-4, 1e-5) if dtype == torch.float32 else (0.1, 0.05)
+def rotation_tolerance(dtype: torch.dtype) -> float:
+    """Relative error of the rotation fit that counts as none in dtype."""
+    return 2e-4 if dtype == torch.float32 else 0.1
+
+
+def equal(error: dict[str, float], dtype: torch.dtype, largest_logit: float) -> bool:
+    """Whether logits agree. float32: the largest difference is at most 1e-4 (1e-5 of the largest logit, if that is more).
+
+    bfloat16, float16: the root mean square of the difference is at most 5 % of that of the logits; a largest difference says
+    little there, since rounding alone sends a token of a mixture of experts to another expert.
+    """
+    if dtype == torch.float32:
+        return error["largest"] <= max(1e-4, 1e-5 * largest_logit)
+    return error["relative"] <= 0.05
 
 
 def admit(runner: Any) -> Any:
     """Give the runner its rotary table, KV pool and cost model, once the gates passed; raises UnsupportedModelError."""
-    fit, limit = tolerances(runner.dtype)
     try:
-        runner.rotary, rotation_error, seen = learn_rotary(runner, fit)
+        runner.rotary, rotation_error, seen = learn_rotary(runner, rotation_tolerance(runner.dtype))
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a foreign model's code raises when run this way is a refusal, not a crash
@@ -50,10 +60,10 @@ def admit(runner: Any) -> Any:
         kept = {"rotation_error": rotation_error, **measure(runner)}
         _keep(runner, kept)
     for gate in ("full", "partial", "dropped"):
-        if not kept[gate] <= max(1e-4, limit * kept["largest_logit"]):
+        if not equal(kept[gate], runner.dtype, kept["largest_logit"]):
             raise UnsupportedModelError(
-                f"{runner.model_id}: gate {gate!r} failed, logits differ from the model's own by {kept[gate]:.1e} "
-                f"(largest logit {kept['largest_logit']:.1f}), so blending it would serve wrong KV"
+                f"{runner.model_id}: gate {gate!r} failed, logits differ from the model's own by "
+                f"{kept[gate]['largest']:.1e} (largest logit {kept['largest_logit']:.1f}), so blending it would serve wrong KV"
             )
     runner.cost = CostModel(**{name: tuple(x) if isinstance(x, list) else x for name, x in kept["cost"].items()})
     runner.gates = kept
@@ -62,7 +72,7 @@ def admit(runner: Any) -> Any:
 
 @torch.inference_mode()
 def measure(runner: Any) -> dict[str, Any]:
-    """Largest |logit difference| to the model's own forward: of all rows, of partial rows, of dropped rows; and the cost."""
+    """Difference of logits to the model's own forward, of all rows, of partial rows and of dropped rows; and the cost."""
     generator = torch.Generator().manual_seed(1)
     n = min(TOKENS, runner.max_tokens)
     ids = torch.randint(3, runner.config.vocab_size, (n,), generator=generator).to(runner.device)
@@ -97,9 +107,9 @@ def measure(runner: Any) -> dict[str, Any]:
     }
 
 
-def _difference(x: Tensor, y: Tensor) -> float:
-    worst = float((x - y).abs().max())
-    return worst if worst == worst else float("inf")
+def _difference(x: Tensor, y: Tensor) -> dict[str, float]:
+    largest, relative = float((x - y).abs().max()), float((x - y).square().mean().sqrt() / y.square().mean().sqrt())
+    return {"largest": largest, "relative": relative}  # NaN passes no comparison, so it fails the gate
 
 
 def _copy(runner: Any, kv: DenseKV, n: int) -> DenseKV:
@@ -136,6 +146,3 @@ def _keep(runner: Any, outcome: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except OSError:
         return  # a cache that cannot be written costs time at the next start, nothing else
-
-
-__all__ = ["admit", "capture", "measure", "tolerances"]

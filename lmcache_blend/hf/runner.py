@@ -34,7 +34,7 @@ class HFRunner:
         self.model_id = model_id or self.config.model_type
         self.layers = _decoder_layers(model, self.config.num_hidden_layers)
         self.num_layers = len(self.layers)
-        self.max_tokens = int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)
+        self.max_tokens = _max_tokens(self.config)
         self.device, self.dtype = model.device, model.dtype
         self.bos_id: int | None = self.config.bos_token_id
         self.stop_ids = _stop_ids(model, tokenizer)
@@ -116,6 +116,13 @@ def _decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
     raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers to hook")
+
+
+def _max_tokens(config: Any) -> int:
+    """Positions of the model; dynamic NTK scaling goes on beyond max_position_embeddings, by its factor."""
+    positions = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(positions * rope["factor"]) if rope.get("rope_type") == "dynamic" else positions
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
