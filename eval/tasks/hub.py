@@ -1,7 +1,8 @@
 """Public sets from the Hugging Face hub, through the `datasets` package.
 
-Multi-hop QA and news come from LongBench (arXiv:2308.14508), whose contexts are cut at their "Passage N:" marks;
-SAMSum (arXiv:1911.12237) is read as it is, one dialogue a prompt, and as `longbench/samsum` behind worked examples.
+Multi-hop QA and news come from LongBench (arXiv:2308.14508), whose contexts are cut at their "Passage N:"
+marks; SAMSum (arXiv:1911.12237) is read as it is, one dialogue a prompt, and as `longbench/samsum` behind
+worked examples.
 Rows become samples in functions that know nothing of the download.
 """
 
@@ -30,7 +31,7 @@ MAX_NEW_TOKENS_SAMSUM = 64
 
 @dataclass(frozen=True)
 class Subset:
-    """One LongBench subset. split: between passages. ask: the question of rows that have none of their own."""
+    """One LongBench subset. split: between passages. ask: the question of rows that have none."""
 
     kind: str
     max_new_tokens: int

@@ -108,7 +108,7 @@ def deviation_chooser(policy: RowPolicy, works: Sequence[Work], share: float, ch
         kept = []
         for b, work in enumerate(works):
             at, signals, old = rows[b].cpu(), work.signals, work.kv.layer(layer)
-            work.trace.flops += check_flops * len(at)
+            work.trace.flops += check_flops * len(at.unique())
             work.deviation(layer, rows[b], k[b], v[b], *old)
             signals.key_deviation, signals.key_energy = _distance(k[b], old[0], rows[b], len(work.prompt))
             signals.value_deviation, signals.value_energy = _distance(v[b], old[1], rows[b], len(work.prompt))
@@ -125,8 +125,12 @@ def deviation_chooser(policy: RowPolicy, works: Sequence[Work], share: float, ch
 
 
 def _distance(new: Tensor, buffer: Tensor, rows: Tensor, tokens: int) -> tuple[Tensor, float]:
-    """[T] squared L2 distance of new [H, N, D] to the buffer's rows, zero elsewhere; and the mean squared norm of new."""
+    """[T] squared L2 distance of new [H, N, D] to the buffer's rows, zero elsewhere; and the mean squared norm of new.
+
+    Rows that a batch repeats to fill up count once.
+    """
+    at, table = rows.cpu(), torch.zeros(2, tokens)
     new = new.float()
-    out = torch.zeros(tokens)
-    out[rows.cpu()] = (new - buffer[:, rows].float()).square().sum((0, 2)).cpu()
-    return out, float(new.square().sum((0, 2)).mean().clamp_min(1e-12))
+    table[0, at] = (new - buffer[:, rows].float()).square().sum((0, 2)).cpu()
+    table[1, at] = new.square().sum((0, 2)).cpu()
+    return table[0], float(table[1].sum() / len(at.unique())) or 1e-12
