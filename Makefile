@@ -11,16 +11,28 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: help demo test lint setup clean
+.PHONY: help demo test bench gates lint setup clean
 
 help:
 	@echo "make demo   blend cached passages on a real model and compare the methods (about 10 minutes on 2 cores)"
 	@echo "make test   run the tests"
+	@echo "make bench  TTFT of every method against transformers' own prefill; DATA=FILE.jsonl for your prompts"
+	@echo "make gates  what the correctness gates measure for every architecture"
 	@echo "make lint   ruff, pyright and the layers of imports"
 	@echo "make clean  remove .venv and caches"
 
+# The commands are printed as they run, so that the next step is to change one of them.
 demo: $(READY)
-	$(BIN)/python -m lmcache_blend.eval.demo
+	$(BIN)/lmcache-blend run --model smollm2-135m --task people_qa --limit 8 --recompute-ratio 0.15 \
+	  --method full_recompute,prefix_cache,full_reuse,random,epic,cacheblend,query_attention,attention_value_norm \
+	  --option max_new_tokens=16 --output results/demo
+	$(BIN)/lmcache-blend report results/demo
+
+bench: $(READY)
+	$(BIN)/python -m lmcache_blend.eval.bench $(if $(DATA),--task $(basename $(notdir $(DATA))) --data $(DATA))
+
+gates: $(READY)
+	$(BIN)/python tests/architectures.py
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -125,3 +125,18 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
             elif "sinks" in parameter_name:
                 parameter.normal_()
     return model.to(dtype)
+
+
+def main() -> None:
+    """Print what the gates measure for every architecture: `make gates`."""
+    from lmcache_blend.hf import HFRunner
+
+    print(f"{'model and rope':20s} {'rotation':>9s} {'full':>9s} {'partial':>9s} {'dropped':>9s}   largest |logit difference|")
+    for name in ARCHITECTURES:
+        gates = HFRunner.checked(build(name)).gates
+        errors = [gates["rotation_error"], *(gates[g]["largest"] for g in ("full", "partial", "dropped"))]
+        print(f"{name:20s} " + " ".join(f"{e:9.1e}" for e in errors), flush=True)
+
+
+if __name__ == "__main__":
+    main()

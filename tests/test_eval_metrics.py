@@ -36,7 +36,7 @@ class TestTextScores:
         assert (scores["em"], scores["contains"]) == (em, contains)
 
     def test_rouge_l_is_the_longest_common_subsequence(self):
-        # Common subsequence "police ended gunman" = 3 of 4 and 4 words (Lin 2004, section 3.1's example, past tense).
+        # Lin (2004), section 3.2: "police the gunman" is the longest common subsequence, 3 of 4 words.
         scores = metrics.text_scores("police ended the gunman", ["police killed the gunman"])
         assert scores["rouge_l"] == pytest.approx(3 / 4)
         assert metrics.text_scores("a b c", ["x y", "a b c"])["rouge_l"] == 1

@@ -79,7 +79,7 @@ def samsum_sample(row: Row) -> Sample:
 
 
 def load_rows(repo: str, config: str | None, split: str) -> Any:
-    """Rows of one split, from the hub or its local cache; raises DataError in one line with the way round it."""
+    """Rows of one split, from the hub or its local cache; raises DataError in one line, with a way round."""
     named = f"{repo} ({config}, {split})" if config else f"{repo} ({split})"
     way = "--data FILE.jsonl reads local samples instead"
     try:
@@ -114,9 +114,7 @@ def samples_of(
         try:
             sample = to_sample(rows[at])
         except (KeyError, AttributeError, TypeError) as error:
-            raise DataError(
-                f"set {name}, row {at}: not in the layout that this task reads ({error!r})"
-            ) from None
+            raise DataError(f"set {name}, row {at}: not in the expected layout ({error!r})") from None
         if any(sample.contexts):
             samples.setdefault(sample.id, sample)
     if not samples:

@@ -79,7 +79,7 @@ def _prose(
     needed: set[str],
     words: int,
 ) -> str:
-    """The subject's passage: facts and fillers in any order, about `words` words; first a fact with the name.
+    """The subject's passage: facts and fillers in any order, `words` words at most, the name first.
 
     Any fact may come first or last, so that no policy gains by a place where answers always stand.
     """
@@ -91,15 +91,25 @@ def _prose(
         kept = [forms.pop(rng.choice(sorted(forms)))]
     pool = [*forms.values(), *fillers]
     rng.shuffle(pool)
-    while pool and sum(len(form.split()) for form in (*kept, pool[-1])) <= words:
+    while pool and _count(subject, [*kept, pool[-1]]) <= words:
         kept.append(pool.pop())
     rng.shuffle(kept)
     first = rng.choice([i for i, form in enumerate(kept) if form not in fillers])
-    kept.insert(0, kept.pop(first))
-    opening, later = subject["name"], subject["later"]
-    told = [kept[0].format(**subject, Who=opening, who=opening)]
-    told += [form.format(**subject, Who=later[0].upper() + later[1:], who=later) for form in kept[1:]]
-    return " ".join(told)
+    opening, rest = kept[first], kept[:first] + kept[first + 1 :]
+    return " ".join(
+        [_tell(opening, subject, subject["name"]), *(_tell(form, subject, subject["later"]) for form in rest)]
+    )
+
+
+def _count(subject: Entity, forms: list[str]) -> int:
+    """Words of the sentences at most, whether they name the subject or not."""
+    names = (subject["name"], subject["later"])
+    return sum(max(len(_tell(form, subject, who).split()) for who in names) for form in forms)
+
+
+def _tell(form: str, subject: Entity, who: str) -> str:
+    """A sentence about the subject, called `who`."""
+    return form.format(**subject, who=who, Who=who[0].upper() + who[1:])
 
 
 def _people(rng: random.Random, count: int, places: list[Entity]) -> list[Entity]:

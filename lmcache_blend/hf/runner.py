@@ -86,7 +86,8 @@ class HFRunner:
         rows = torch.stack([torch.cat((r, r[-1:].expand(n - len(r)))) for r in plan.rows]).to(self.device)
         forward = Forward(kvs, rows, self.num_layers)
         forward.checks, forward.tap, forward.observer = plan.checks, plan.tap, plan.observer
-        forward.stop_at, forward.hidden = plan.stop_at, plan.hidden
+        forward.stop_at = plan.stop_at
+        forward.hidden = None if plan.hidden is None else plan.hidden.to(self.device)
         ids = torch.stack([t.to(self.device)[r] for t, r in zip(tokens, rows, strict=True)])
         return Computed(self._run(forward, ids, rows, logits), forward.rows_of), forward
 
