@@ -21,6 +21,7 @@ from lmcache_blend.codecs import get_codec
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import MemoryStore
 from lmcache_blend.errors import ContextLengthError, ResultsError
+from lmcache_blend.eval.aggregate import aggregate
 from lmcache_blend.eval.measure import (
     Item,
     make_item,
@@ -30,9 +31,9 @@ from lmcache_blend.eval.measure import (
     truncate,
 )
 from lmcache_blend.eval.options import RoutedOptions, RunRequest, policy_fields, route_options, uses_ratio
-from lmcache_blend.eval.results import Results, RunConfig, Skipped, aggregate
+from lmcache_blend.eval.results import Results, RunConfig, Skipped
 from lmcache_blend.eval.tasks import Task, load_task
-from lmcache_blend.eval.writer import TRACE, RunFolder
+from lmcache_blend.eval.writer import TRACE, RunFolder, read_folder
 from lmcache_blend.hf import load_runner
 
 REFRESH_S = 20.0
@@ -52,6 +53,17 @@ class Combination:
     def label(self) -> str:
         ratio = self.folder.config.recompute_ratio
         return self.folder.config.method + ("" if ratio is None else f" {ratio:.0%}")
+
+    def misses(self, item: Item) -> bool:
+        """Whether that sample is still to be measured."""
+        return not self.folder.has(item.sample.id, item.prompt_sha256)
+
+    def finish(self) -> Results | None:
+        """The final results, written unless an earlier run did: its versions are those that measured."""
+        saved = read_folder(self.folder.path)
+        if saved is not None and saved.complete and all(skipped in saved.skipped for skipped in self.skipped):
+            return saved
+        return self.write(complete=True)
 
     def write(self, complete: bool) -> Results | None:
         """Write results.json from what is measured so far; None while nothing is."""
@@ -80,17 +92,14 @@ def run(request: RunRequest, *, progress: bool = True) -> list[Results]:
         Combination(RunFolder(request.output, config), _blend_config(config), skipped)
         for config in combination_configs(request, task, routed, runner.fingerprint)
     ]
-    pending = {
-        c.folder.path: [i for i in items if not c.folder.has(i.sample.id, i.prompt_sha256)]
-        for c in combinations
-    }
+    unfinished = [c for c in combinations if any(c.misses(item) for item in items)]
     for combination in combinations:
-        if not pending[combination.folder.path]:
+        if combination not in unfinished:
             done = len(combination.folder.samples)
             print(f"{combination.label}: complete with {done} samples, nothing to do", file=sys.stderr)
-    with _reportable(combinations):
-        _loop(runner, items, combinations, progress)
-    return [results for c in combinations if (results := c.write(complete=True)) is not None]
+    with _reportable(unfinished):
+        _loop(runner, items, unfinished, progress)
+    return [results for c in combinations if (results := c.finish()) is not None]
 
 
 def check(request: RunRequest) -> tuple[Task, RoutedOptions]:
@@ -179,8 +188,7 @@ def versions() -> dict[str, str | int]:
 
 
 def _loop(runner: Any, items: Sequence[Item], combinations: Sequence[Combination], progress: bool) -> None:
-    todo = [(i, [c for c in combinations if not c.folder.has(i.sample.id, i.prompt_sha256)]) for i in items]
-    todo = [(item, missing) for item, missing in todo if missing]
+    todo = [(item, missing) for item in items if (missing := [c for c in combinations if c.misses(item)])]
     if not todo:
         return
     task = combinations[0].folder.config.task
@@ -188,6 +196,7 @@ def _loop(runner: Any, items: Sequence[Item], combinations: Sequence[Combination
     with bar:
         bar.set_postfix_str("warm-up")
         _warm_up(runner, todo[0][0], combinations)
+        bar.unpause()  # the time left is reckoned without the warm-up
         for number, (item, missing) in enumerate(todo):
             # Each method is first, second, ... equally often: none profits from its place in the loop.
             turn = number % len(missing)
@@ -207,7 +216,7 @@ def _measure(runner: Any, item: Item, combinations: Sequence[Combination], bar: 
         bar.set_postfix_str(combination.label)
         kv_bytes = runner.kv_bytes_per_token(16)
         sample, result = measure_method(blender, item, reference, runner.tokenizer, kv_bytes)
-        if not combination.folder.samples or not (combination.folder.path / TRACE).exists():
+        if not (combination.folder.path / TRACE).exists():
             if exact is None:
                 exact = blender.prefill(item.prompt, policy="epic", recompute_ratio=1.0).trace.deviation
             combination.folder.write_trace(trace_arrays(result.trace, item.prompt, exact))
@@ -217,13 +226,15 @@ def _measure(runner: Any, item: Item, combinations: Sequence[Combination], bar: 
 
 
 def _warm_up(runner: Any, item: Item, combinations: Sequence[Combination]) -> None:
-    """Run everything once uncounted: caches fill, kernels compile, buffers are allocated."""
+    """Run full prefill and every method once uncounted: kernels compile, buffers are allocated."""
     store = _store(combinations[0])
-    for combination in combinations:
-        blender = Blender(runner, combination.blend, store=store)
+    blends = {
+        "full_recompute": BlendConfig(policy="full_recompute"),
+        **{c.blend.policy: c.blend for c in combinations},
+    }
+    for blend in blends.values():
+        blender = Blender(runner, blend, store=store)
         blender.store(item.prompt)
-        if combination is combinations[0]:
-            blender.prefill(item.prompt, policy="full_recompute")
         blender.prefill(item.prompt)
 
 
@@ -231,7 +242,7 @@ def _store(combination: Combination) -> MemoryStore:
     """A store for the passages of one sample; raw KV as it is needs no encoding on its way."""
     config = combination.folder.config.codec
     raw = config["id"] == "raw" and not any(value for key, value in config.items() if key != "id")
-    return MemoryStore(None if raw else get_codec(config))
+    return MemoryStore(None if raw else get_codec(config))  # pyright: ignore[reportCallIssue]
 
 
 @contextmanager

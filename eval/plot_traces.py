@@ -75,11 +75,13 @@ def deviation_figure(board: Board, colours: dict[str, str]) -> Figure | None:
     grid = figure.add_gridspec(2, 1, height_ratios=[3.0, 0.3 * len(traces)])
     ax = figure.add_subplot(grid[0])
     values = np.where(exact > 0, exact.astype(np.float32), np.nan)
-    finite = values[np.isfinite(values)]
+    # Layer 0 sees no context, its error is rounding: the scale is that of the others.
+    finite = values[min(1, len(values) - 1) :]
+    finite = finite[np.isfinite(finite)]
     if not finite.size:
         return None
-    low, high = np.percentile(finite, [2, 99.5])
-    norm = LogNorm(max(low, high * 1e-4), high)
+    low, high = np.percentile(finite, [1, 99.5])
+    norm = LogNorm(low, max(high, 1.01 * low))
     image = ax.imshow(
         values,
         aspect="auto",

@@ -31,7 +31,7 @@ COLOURS = {
 }
 SPARE_COLOURS = ("#00798c", "#c9a227", "#7b3294", "#66c2a5", "#e78ac3", "#5e548e", "#9a031e", "#606c38")
 MARKERS = "osD^vP*Xh<>"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -48,7 +48,10 @@ X_AXES: dict[str, tuple[str, Callable[[Results], tuple[float, float, float]]]] =
         "median TTFT, fraction of full prefill (log)",
         lambda r: (r.ttft_ratio.mean, r.ttft_ratio.low, r.ttft_ratio.high),
     ),
-    "compute": ("true compute, fraction of full prefill (log)", lambda r: (r.compute_fraction,) * 3),
+    "compute": (
+        "true compute, fraction of full prefill (log)",
+        lambda r: (r.compute_fraction, r.compute_fraction, r.compute_fraction),
+    ),
 }
 
 
@@ -162,7 +165,16 @@ def _scatter(
             drawstyle="steps-post",
             zorder=1,
         )
-    ax.margins(y=0.12)
+    _frame(ax, [y if metric == "quality" else -y for _, y in points])
+
+
+def _frame(ax: Axes, means: Sequence[float]) -> None:
+    """Frame the means; an interval of a few samples may be so wide that it leaves the panel."""
+    if not means:
+        return
+    room = 0.4 * max(0.1, max(means) - min(means))
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, min(means) - room), min(high, max(means) + room))
 
 
 def _drawn_rows(board: Board) -> list[Row]:

@@ -17,9 +17,9 @@ TERMINAL = ("rank", "method", "ratio", "quality (95 %)", "KL", "top-1", "F1", "T
 SECTIONS = {
     "ranked": (
         "Ranked",
-        "Ranked by quality = (NLL no context - NLL method) / (NLL no context - NLL full prefill): 1 is "
-        "full prefill, 0 is no context. TTFT and compute are fractions of full prefill's; compute counts "
-        "selection passes. Intervals are 95 % bootstrap intervals. Bold: best among the ranked. Exact methods "
+        "Ranked by quality = (NLL no context - NLL method) / (NLL no context - NLL full prefill): 1 "
+        "is full prefill, 0 is no context. TTFT and compute are fractions of full prefill's; compute counts "
+        "selection passes. Intervals are 95 % bootstrap intervals. Bold: best of the ranked. Exact methods "
         "and bounds are not ranked.",
     ),
     "fidelity": (

@@ -34,8 +34,15 @@ def report(root: Path, *, plots: bool = True) -> list[Board]:
     write_atomic(root / "leaderboard.md", markdown(boards).encode())
     write_atomic(root / "leaderboard.csv", as_csv(boards).encode())
     if plots:
-        # matplotlib takes a second to import and belongs to the extra `eval`.
-        from lmcache_blend.eval.plots import write_plots
-
-        write_plots(boards, root / "plots")
+        _plot(boards, root / "plots")
     return boards
+
+
+def _plot(boards: list[Board], folder: Path) -> None:
+    """matplotlib takes a second to import and belongs to the extra `eval`; the tables do without."""
+    try:
+        from lmcache_blend.eval.plots import write_plots
+    except ImportError as error:
+        print(f"warning: no plots ({error}); pip install 'lmcache-blend[eval]'", file=sys.stderr)
+        return
+    write_plots(boards, folder)

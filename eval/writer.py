@@ -15,7 +15,8 @@ import numpy as np
 import pydantic
 
 from lmcache_blend.errors import ConfigError, DataError, ResultsError
-from lmcache_blend.eval.results import Results, RunConfig, SampleResult, aggregate
+from lmcache_blend.eval.aggregate import aggregate
+from lmcache_blend.eval.results import Results, RunConfig, SampleResult
 
 CONFIG, SAMPLES, RESULTS, TRACE = "config.json", "samples.jsonl", "results.json", "trace.npz"
 

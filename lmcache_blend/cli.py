@@ -153,10 +153,15 @@ def _run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         output=arguments.output,
     )
+    from transformers.utils import logging
+
     from lmcache_blend.eval.boards import make_boards
     from lmcache_blend.eval.harness import run
     from lmcache_blend.eval.render import print_boards
 
+    # Bad input is one line on stderr; our own bars tell how far a run is.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     results = run(request)
     print_boards(make_boards([(request.output / r.config.folder, r) for r in results]))
     print(f"results: {request.output} (lmcache-blend report {request.output})")

@@ -1,5 +1,7 @@
 """The Blender: partial hits, exactness, batches, decoding, segments, policies, traces, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import VOCAB, build
@@ -253,6 +255,19 @@ def test_a_store_that_encodes(tiny):
     store._items[key] = store._items[key][:-40] + bytes(40)
     again = coded.prefill(prompt)
     assert [kind for *_, kind in again.trace.hits].count("miss") == 1
+
+
+def test_a_foreign_chunk_is_a_miss(tiny):
+    """A store that answers with another chunk's KV, or another model's, costs a recompute, not a wrong answer."""
+    blender, prompt = Blender(tiny, BlendConfig(policy="full_reuse", store_misses=False)), Prompt.join(PARTS, QUESTION)
+    blender.store(prompt)
+    items = blender.chunks._items
+    keys = list(items)
+    items[keys[1]], items[keys[2]] = items[keys[2]], items[keys[1]]
+    items[keys[3]] = replace(items[keys[3]], layers=items[keys[3]].layers[:-1])
+    result = blender.prefill(prompt)
+    assert [kind for *_, kind in result.trace.hits] == ["exact", "miss", "miss", "miss"]
+    assert close(result.logits, full(tiny, prompt))
 
 
 def test_a_small_store_evicts_the_least_recently_used(tiny):

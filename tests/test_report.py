@@ -15,7 +15,7 @@ from lmcache_blend.eval.export import as_csv, as_json
 from lmcache_blend.eval.plots import method_colours, pareto_front
 from lmcache_blend.eval.render import markdown, print_boards
 from lmcache_blend.eval.report import report
-from lmcache_blend.eval.results import RunConfig, SampleResult, aggregate
+from lmcache_blend.eval.results import RunConfig, SampleResult
 from lmcache_blend.eval.writer import RunFolder, read_folder
 
 PNG = b"\x89PNG\r\n\x1a\n"

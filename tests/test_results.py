@@ -1,4 +1,4 @@
-"""Results on disk: what is written is read back, torn and foreign files are handled, a full disk costs nothing."""
+"""Results on disk: what is written is read back, torn files are mended, a full disk costs nothing."""
 
 import errno
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lmcache_blend.errors import ConfigError, DataError, ResultsError
-from lmcache_blend.eval.results import Results, RunConfig, SampleResult, Skipped, aggregate
+from lmcache_blend.eval.aggregate import aggregate
+from lmcache_blend.eval.results import Results, RunConfig, SampleResult, Skipped
 from lmcache_blend.eval.writer import (
     RESULTS,
     SAMPLES,
@@ -22,14 +23,50 @@ from lmcache_blend.eval.writer import (
 )
 
 FIXED_FIELDS = set(
-    "task model method recompute_ratio codec backend n signal metrics ttft_ms ttft_full_ms compute_fraction "
-    "recomputed_fraction loaded_bytes raw_kv_bytes bits_per_element versions".split()
+    [
+        "task",
+        "model",
+        "method",
+        "recompute_ratio",
+        "codec",
+        "backend",
+        "n",
+        "signal",
+        "metrics",
+        "ttft_ms",
+        "ttft_full_ms",
+        "compute_fraction",
+        "recomputed_fraction",
+        "loaded_bytes",
+        "raw_kv_bytes",
+        "bits_per_element",
+        "versions",
+    ]
 )
-FIXED_METRICS = set("nll nll_full nll_no_context quality kl top1_agreement flip_rate f1 em rouge_l".split())
+FIXED_METRICS = set(
+    [
+        "nll",
+        "nll_full",
+        "nll_no_context",
+        "quality",
+        "kl",
+        "top1_agreement",
+        "flip_rate",
+        "f1",
+        "em",
+        "rouge_l",
+    ]
+)
 
 
 def config(**changes) -> RunConfig:
-    settings = {"task": "squad", "model": "org/name", "fingerprint": "ab", "method": "epic", "max_new_tokens": 8}
+    settings = {
+        "task": "squad",
+        "model": "org/name",
+        "fingerprint": "ab",
+        "method": "epic",
+        "max_new_tokens": 8,
+    }
     return RunConfig(**{"recompute_ratio": 0.15, **settings, **changes})
 
 
@@ -109,7 +146,9 @@ def test_fidelity_sets_have_no_answers_and_no_signal():
 
 
 def test_a_task_that_context_does_not_help_has_no_signal():
-    results = aggregate(config(), [sample(i, nll_no_context=0.9 + 0.01 * i + (-1) ** i * 0.1) for i in range(6)])
+    results = aggregate(
+        config(), [sample(i, nll_no_context=0.9 + 0.01 * i + (-1) ** i * 0.1) for i in range(6)]
+    )
     assert not results.signal
 
 
@@ -133,7 +172,9 @@ def test_the_folder_name_is_the_combination_and_not_the_limit(tmp_path: Path):
     assert config().folder.startswith("squad__org--name__epic__")
     assert len(config().folder.rsplit("__", 1)[1]) == 8
     assert config().folder == config().folder
-    assert len({config(**c).folder for c in ({}, {"seed": 1}, {"recompute_ratio": 0.3}, {"encode": "bos"})}) == 4
+    assert (
+        len({config(**c).folder for c in ({}, {"seed": 1}, {"recompute_ratio": 0.3}, {"encode": "bos"})}) == 4
+    )
     assert "limit" not in RunConfig.model_fields
 
 
@@ -198,11 +239,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(path)], check=True)
 
 
+def append_many(folder: RunFolder, n: int) -> None:
+    for i in range(n):
+        folder.append(sample(i))
+
+
 def test_a_full_disk_keeps_whole_lines(small_disk: Path):
     folder = RunFolder(small_disk, config())
     with pytest.raises(ResultsError, match=r"No space left.*free space.*intact"):
-        for i in range(1000):
-            folder.append(sample(i))
+        append_many(folder, 1000)
     kept, good = read_samples(folder.path / SAMPLES)
     assert list(kept) == list(folder.samples)
     assert good == (folder.path / SAMPLES).stat().st_size

@@ -261,6 +261,8 @@ class TestJsonl:
             (row(id="b", task="kv"), "line 3: task 'kv' differs from 'qa'"),
             (row(), "line 3: id 'a' is also that of line 1"),
             (row(id=""), "line 3: field 'id' is empty"),
+            (row(id="b", contexts=["x\ud800"]), r"line 3: field 'contexts'\[0\] is no valid Unicode text"),
+            ('{"id": ' + "9" * 5000 + "}", "line 3: not JSON"),
             (row(id="b", question=" ", contexts=[]), "line 3: both 'question' and 'contexts' are empty"),
         ],
     )
@@ -285,7 +287,7 @@ class TestJsonl:
         with pytest.raises(DataError, match="holds no samples"):
             load_task("x", write(tmp_path / "empty.jsonl", ""), 1, 0)
 
-    @given(st.text(alphabet="ab \n\t", max_size=80), st.integers(1, 9))
+    @given(st.text(alphabet="ab \n\t\u00a0", max_size=80), st.integers(1, 9))
     @settings(max_examples=60, deadline=None)
     def test_language_modelling_holds_back_the_last_words(self, text, words):
         before = Sample("a", "", (text,) if text.strip() else (), ())

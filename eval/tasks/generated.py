@@ -80,7 +80,10 @@ def multi_key(limit: int, seed: int, options: MultiKeyOptions) -> Task:
 
 @register_task("key_value", KeyValueOptions)
 def key_value(limit: int, seed: int, options: KeyValueOptions) -> Task:
-    """Look one key up in JSON objects. Raises ConfigError where there are more pairs than different keys."""
+    """Look one key up in JSON objects.
+
+    Raises ConfigError where there are more pairs than different keys.
+    """
     total = options.passages * options.pairs
     if total > MAX_KEYS:
         raise ConfigError(
@@ -100,7 +103,10 @@ def key_value(limit: int, seed: int, options: KeyValueOptions) -> Task:
 
 @register_task("variable_tracing", TracingOptions)
 def variable_tracing(limit: int, seed: int, options: TracingOptions) -> Task:
-    """Follow VAR B = VAR A back to VAR A = 12345. Raises ConfigError where variables outnumber names."""
+    """Follow VAR B = VAR A back to VAR A = 12345.
+
+    Raises ConfigError where there are more variables than names.
+    """
     size = options.hops + 1
     if options.chains * size > len(NOUNS):
         raise ConfigError(

@@ -6,6 +6,7 @@ Others are ignored.
 
 import json
 import random
+import re
 from pathlib import Path
 
 from lmcache_blend.errors import DataError, nearest
@@ -58,7 +59,7 @@ def _parse(line: bytes, where: str) -> tuple[str, Sample]:
         row = json.loads(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: a JSON object was expected, not {_kind_of(row)}")
@@ -85,23 +86,19 @@ def hold_back_end(sample: Sample, words: int = LM_ANSWER_WORDS) -> Sample:
     if not sample.contexts:
         return sample
     *before, last = sample.contexts
-    text = last.rstrip()
-    at = len(text)
-    for _ in range(min(words, len(text.split()) // 2)):
-        at = len(text[:at].rstrip())
-        at = max(text.rfind(space, 0, at) for space in (" ", "\n", "\t")) + 1
-    if at in (0, len(text)):
+    starts = [word.start() for word in re.finditer(r"\S+", last)]
+    held = min(words, len(starts) // 2)
+    if not held:
         return sample
-    return Sample(sample.id, sample.question, (*before, text[:at].rstrip()), (text[at:],))
+    at = starts[-held]
+    return Sample(sample.id, sample.question, (*before, last[:at].rstrip()), (last[at:].rstrip(),))
 
 
 def _text(row: dict, field: str, where: str) -> str:
     value = row.get(field, _ABSENT)
     if value is _ABSENT:
         raise DataError(f"{where}: field {field!r} is missing")
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {field!r} must be a text, not {_kind_of(value)}")
-    return value
+    return _checked(value, f"{where}: field {field!r}")
 
 
 def _texts(row: dict, field: str, where: str) -> list[str]:
@@ -111,8 +108,18 @@ def _texts(row: dict, field: str, where: str) -> list[str]:
     if not isinstance(value, list):
         raise DataError(f"{where}: field {field!r} must be a list of texts, not {_kind_of(value)}")
     for at, item in enumerate(value):
-        if not isinstance(item, str):
-            raise DataError(f"{where}: field {field!r}[{at}] must be a text, not {_kind_of(item)}")
+        _checked(item, f"{where}: field {field!r}[{at}]")
+    return value
+
+
+def _checked(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{what} must be a text, not {_kind_of(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        # JSON may spell half of a surrogate pair, which no tokenizer takes.
+        raise DataError(f"{what} is no valid Unicode text (character {error.start})") from None
     return value
 
 

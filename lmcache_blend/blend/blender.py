@@ -173,7 +173,7 @@ class Blender:
             hits, kinds, loaded = [], [], 0
             for i, (start, end) in enumerate(prompt.spans):
                 stored = None if policy.reuse == "none" else self.chunks.get(self._key(prompt, i))
-                if stored is None or not torch.equal(stored.chunk.tokens, prompt.tokens[start:end]):
+                if stored is None or not self._fits(stored.chunk, prompt.tokens[start:end]):
                     kinds.append((start, end, "miss"))
                     continue
                 digest = context_digest(prompt.tokens[:start], angles.regime())
@@ -206,6 +206,11 @@ class Blender:
         deviation = Deviation(self.runner.num_layers, candidate)
         rows = uncached.nonzero().flatten()
         return Work(prompt, kv, trace, angles, candidate, uncached, rows, signals, deviation)
+
+    def _fits(self, chunk: KVChunk, tokens: Tensor) -> bool:
+        """Whether a stored chunk is what its key promises: a store is not trusted to return the right one."""
+        shapes = tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2]) for k, v in chunk.layers)
+        return torch.equal(chunk.tokens, tokens) and shapes == self.runner.kv_shapes
 
     def _loader(self, hits: list[_Hit], angles: Angles, times: dict[str, float]):
         parts = [angles[h.start : h.end] for h in hits]

@@ -78,7 +78,10 @@ class CostModel:
 
 
 class ModelRunner(Protocol):
-    """A model that runs its own forward on chosen rows. All methods run under inference mode."""
+    """A model that runs its own forward on chosen rows. All methods run under inference mode.
+
+    kv_shapes: per layer (H, Dk) of the first and (H', Dv) of the second cached tensor, as one 4-tuple.
+    """
 
     num_layers: int
     max_tokens: int
@@ -86,6 +89,7 @@ class ModelRunner(Protocol):
     tokenizer: Any
     bos_id: int | None
     stop_ids: tuple[int, ...]
+    kv_shapes: tuple[tuple[int, int, int, int], ...]
     rotary: RotaryTable
     cost: CostModel
 

@@ -25,6 +25,7 @@ from lmcache_blend.hf.dense import DenseKV, KVPool
 from lmcache_blend.hf.learn import Capture, learn_cost, learn_rotary
 
 TOKENS = 96
+GATES = ("full", "partial", "dropped")
 REVISION = 1  # raise it when what the gates check changes: kept outcomes of an older revision do not count
 
 
@@ -59,7 +60,7 @@ def admit(runner: Any) -> Any:
     if kept is None:
         kept = {"rotation_error": rotation_error, **measure(runner)}
         _keep(runner, kept)
-    for gate in ("full", "partial", "dropped"):
+    for gate in GATES:
         if not equal(kept[gate], runner.dtype, kept["largest_logit"]):
             raise UnsupportedModelError(
                 f"{runner.model_id}: gate {gate!r} failed, logits differ from the model's own by "
@@ -131,9 +132,12 @@ def _path(runner: Any) -> Any:
 
 
 def _kept(runner: Any) -> dict[str, Any] | None:
+    """An outcome of an earlier run, None where there is none or the file is not one."""
     try:
-        return json.loads(_path(runner).read_text())
-    except (OSError, ValueError):
+        kept = json.loads(_path(runner).read_text())
+        CostModel(**kept["cost"])
+        return kept if all({"largest", "relative"} <= kept[g].keys() for g in GATES) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lmcache_blend.blend.runner import Computed, CostModel, Plan
 from lmcache_blend.errors import ContextLengthError, UnsupportedModelError
-from lmcache_blend.hf.dense import DenseKV, KVPool
+from lmcache_blend.hf.dense import DenseKV, KVPool, Shapes
 from lmcache_blend.hf.intercept import CURRENT, NAME, Forward, RowCache, Stop
 from lmcache_blend.rotary import RotaryTable
 
@@ -68,10 +68,14 @@ class HFRunner:
         assert self.pool is not None, "the gates have not run"
         return DenseKV(self.pool, tokens, capacity)
 
+    @property
+    def kv_shapes(self) -> Shapes:
+        assert self.pool is not None, "the gates have not run"
+        return self.pool.shapes
+
     def kv_bytes_per_token(self, bits: int = 16) -> float:
         """Bytes of K and V of one token over all layers, at `bits` per element."""
-        assert self.pool is not None
-        return sum(h * d + h2 * d2 for h, d, h2, d2 in self.pool.shapes) * bits / 8
+        return sum(h * d + h2 * d2 for h, d, h2, d2 in self.kv_shapes) * bits / 8
 
     def forward(self, tokens: Sequence[Tensor], kvs: Sequence[DenseKV], plan: Plan, logits: int = 1) -> Computed:
         """See ModelRunner. logits: how many of the last rows to give logits for, 0 for all."""
