@@ -24,9 +24,7 @@ def aggregate(
     none, method, full = (_column(samples, name) for name in ("nll_no_context", "nll", "nll_full"))
     answered = len(none) > 0
     metrics = {
-        name: _estimate(_column(samples, name))
-        for name in Metrics.model_fields
-        if name not in ("quality", "flip_rate")
+        name: _estimate(_column(samples, name)) for name in Metrics.model_fields if name not in ("quality", "flip_rate")
     }
     metrics["flip_rate"] = _estimate(_column(samples, "flip"))
     signal = answered and bool(stats.has_signal(none, full))
@@ -78,9 +76,7 @@ def _plain(interval: stats.Interval) -> Estimate | None:
 
 
 def _times(values: np.ndarray) -> Times:
-    return Times(
-        mean=float(values.mean()), median=float(np.median(values)), p95=float(np.percentile(values, 95))
-    )
+    return Times(mean=float(values.mean()), median=float(np.median(values)), p95=float(np.percentile(values, 95)))
 
 
 def _median_ratio(values: np.ndarray, reference: np.ndarray) -> Estimate:

@@ -102,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for head in ("method", "TTFT / transformers", "TTFT / full prefill", "true compute", "overhead"):
         table.add_column(head, justify="left" if head == "method" else "right")
     for row in rows:
-        figures = (row[k] for k in ("ttft_over_transformers", "ttft_over_full_recompute", "compute_fraction", "overhead"))
+        figures = (
+            row[k] for k in ("ttft_over_transformers", "ttft_over_full_recompute", "compute_fraction", "overhead")
+        )
         table.add_row(row["method"], *(f"{x:.3f}" for x in figures))
     Console(width=110).print(table)
     if given.json:

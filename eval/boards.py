@@ -126,9 +126,7 @@ def _titles(groups: dict[tuple[str, ...], Results]) -> dict[tuple[str, ...], str
     titles = {}
     for key, results in groups.items():
         title = f"{results.task} × {results.model}"
-        twins = [
-            k for k, r in groups.items() if k != key and (r.task, r.model) == (results.task, results.model)
-        ]
+        twins = [k for k, r in groups.items() if k != key and (r.task, r.model) == (results.task, results.model)]
         differs = [i for i in range(1, len(key)) if any(k[i] != key[i] for k in twins)]
         extra = [f"{names[i]} {key[i][:8] if i in (1, 2) else key[i]}" for i in differs]
         titles[key] = title + (f" ({', '.join(extra)})" if extra else "")
@@ -168,15 +166,11 @@ def _winners(rows: Sequence[Row]) -> list[Winner]:
         rung = [r for r in ranked if r.results.recompute_ratio == ratio]
         own = [r for r in rung if r.results.method == "cacheblend"]
         budget = max(own or rung, key=lambda r: r.results.compute_fraction)
-        within = [
-            r for r in ranked if r.results.compute_fraction <= budget.results.compute_fraction + COMPUTE_SLACK
-        ]
+        within = [r for r in ranked if r.results.compute_fraction <= budget.results.compute_fraction + COMPUTE_SLACK]
         for by in ("quality", "kl"):
             # KL is negated, so that larger is better for both.
             scored = [
-                (e.mean if by == "quality" else -e.mean, r)
-                for r in within
-                if (e := getattr(r.results.metrics, by))
+                (e.mean if by == "quality" else -e.mean, r) for r in within if (e := getattr(r.results.metrics, by))
             ]
             order = [r for _, r in sorted(scored, key=lambda pair: -pair[0])]
             if order:

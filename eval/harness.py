@@ -70,9 +70,7 @@ class Combination:
         samples = list(self.folder.samples.values())
         if not samples:
             return None
-        results = aggregate(
-            self.folder.config, samples, skipped=self.skipped, complete=complete, versions=versions()
-        )
+        results = aggregate(self.folder.config, samples, skipped=self.skipped, complete=complete, versions=versions())
         self.folder.write_results(results)
         self.written = time.monotonic()
         return results
@@ -111,9 +109,7 @@ def check(request: RunRequest) -> tuple[Task, RoutedOptions]:
     return load_task(request.task, request.data, request.limit, request.seed, **routed.task), routed
 
 
-def combination_configs(
-    request: RunRequest, task: Task, routed: RoutedOptions, fingerprint: str
-) -> list[RunConfig]:
+def combination_configs(request: RunRequest, task: Task, routed: RoutedOptions, fingerprint: str) -> list[RunConfig]:
     """One RunConfig per method and ratio; methods without a ratio come once."""
     shared = {
         "task": task.name,
@@ -138,9 +134,7 @@ def combination_configs(
         if "seed" in policy_fields(method):
             options.setdefault("seed", request.seed)
         ratios = dict.fromkeys(request.recompute_ratios) if uses_ratio(method) else [None]
-        configs += [
-            RunConfig(**shared, method=method, recompute_ratio=r, policy_options=options) for r in ratios
-        ]
+        configs += [RunConfig(**shared, method=method, recompute_ratio=r, policy_options=options) for r in ratios]
     return configs
 
 
@@ -242,7 +236,7 @@ def _store(combination: Combination) -> MemoryStore:
     """A store for the passages of one sample; raw KV as it is needs no encoding on its way."""
     config = combination.folder.config.codec
     raw = config["id"] == "raw" and not any(value for key, value in config.items() if key != "id")
-    return MemoryStore(None if raw else get_codec(config))  # pyright: ignore[reportCallIssue]
+    return MemoryStore(None if raw else get_codec(config))
 
 
 @contextmanager

@@ -95,9 +95,7 @@ def measure_reference(blender: Any, item: Item, tokenizer: Any) -> Reference:
         logits = result.continuation_logits(tokens)
     prediction = _decode(result, item, tokenizer) if item.generate else None
     scores = (
-        metrics.text_scores(prediction, item.sample.answers)
-        if prediction is not None and item.sample.answers
-        else {}
+        metrics.text_scores(prediction, item.sample.answers) if prediction is not None and item.sample.answers else {}
     )
     return Reference(tokens, logits, nll, nll_no_context, prediction, scores, result)
 
@@ -116,9 +114,7 @@ def measure_method(
     scores = metrics.logit_scores(logits, reference.logits, reference.tokens)
     prediction = reference.prediction if full or not item.generate else _decode(result, item, tokenizer)
     texts = (
-        metrics.text_scores(prediction, item.sample.answers)
-        if prediction is not None and item.sample.answers
-        else {}
+        metrics.text_scores(prediction, item.sample.answers) if prediction is not None and item.sample.answers else {}
     )
     trace = result.trace
     hit_tokens = sum(end - start for start, end, kind in trace.hits if kind != "miss")
@@ -167,9 +163,7 @@ def trace_arrays(trace: Any, prompt: Prompt, exact: Tensor | None) -> dict[str, 
         rows[layer, positions.cpu().numpy()] = True
     empty = np.zeros((0, 0), dtype=np.float16)
     return {
-        "deviation": empty
-        if trace.deviation is None
-        else trace.deviation.float().cpu().numpy().astype(np.float16),
+        "deviation": empty if trace.deviation is None else trace.deviation.float().cpu().numpy().astype(np.float16),
         "deviation_exact": empty if exact is None else exact.float().cpu().numpy().astype(np.float16),
         "rows": rows,
         "spans": np.array(prompt.spans, dtype=np.int64).reshape(-1, 2),

@@ -82,9 +82,7 @@ def logit_scores(logits: Tensor, reference: Tensor, tokens: Tensor) -> dict[str,
     """
     _check(logits, tokens)
     if reference.shape != logits.shape:
-        raise ConfigError(
-            f"logits {tuple(logits.shape)} and reference {tuple(reference.shape)} differ in shape"
-        )
+        raise ConfigError(f"logits {tuple(logits.shape)} and reference {tuple(reference.shape)} differ in shape")
     nll_sum = kl_sum = 0.0
     for rows, wanted, full in _blocks(logits, tokens, reference):
         nll_sum += _nll_sum(rows, wanted)
@@ -119,7 +117,5 @@ def _rouge() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise ConfigError(
-            "Rouge-L needs the rouge-score package: pip install 'lmcache-blend[eval]'"
-        ) from None
+        raise ConfigError("Rouge-L needs the rouge-score package: pip install 'lmcache-blend[eval]'") from None
     return RougeScorer(["rougeL"], use_stemmer=True)

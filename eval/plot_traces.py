@@ -37,16 +37,12 @@ def stages_figure(board: Board, colours: dict[str, str]) -> Figure:
     for stage in names:
         widths = np.array([stages.get(stage, 0.0) for _, stages in bars])
         if widths.any():
-            ax.barh(
-                range(len(bars)), widths, left=left, height=0.7, color=STAGES.get(stage, OTHER), label=stage
-            )
+            ax.barh(range(len(bars)), widths, left=left, height=0.7, color=STAGES.get(stage, OTHER), label=stage)
         left += widths
     for i, total in enumerate(left):
         ax.text(total + 1, i, f"{total:.1f} %", va="center", fontsize=9, color="#444444")
     ax.set_yticks(range(len(bars)), [name for name, _ in bars])
-    for tick, row in zip(
-        ax.get_yticklabels(), [r for r in rows if r.results.method != "full_recompute"], strict=False
-    ):
+    for tick, row in zip(ax.get_yticklabels(), [r for r in rows if r.results.method != "full_recompute"], strict=False):
         tick.set_color(colours[row.label])
     ax.set_ylim(len(bars) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
@@ -105,9 +101,7 @@ def deviation_figure(board: Board, colours: dict[str, str]) -> Figure | None:
     strips = figure.add_subplot(grid[1], sharex=ax)
     _strips(strips, traces, colours)
     _span_lines(strips, spans, colour="#999999")
-    strips.set_xlabel(
-        "token (lines: ends of spans); strips: tokens computed anew, the stronger the more layers"
-    )
+    strips.set_xlabel("token (lines: ends of spans); strips: tokens computed anew, the stronger the more layers")
     return figure
 
 

@@ -104,14 +104,10 @@ def scatter_figure(boards: Sequence[Board], axis: str, colours: dict[str, str]) 
                 _log_axis(ax)
                 ax.set_xlabel(label)
             ax.set_ylabel(
-                "quality (1 = full prefill, 0 = no context)"
-                if metric == "quality"
-                else "KL to full prefill, nats"
+                "quality (1 = full prefill, 0 = no context)" if metric == "quality" else "KL to full prefill, nats"
             )
         line[0].set_title(board.title, loc="left", fontweight="bold")
-        line[1].legend(
-            handles=_handles(board, colours, markers), loc="upper left", bbox_to_anchor=(1.02, 1.0)
-        )
+        line[1].legend(handles=_handles(board, colours, markers), loc="upper left", bbox_to_anchor=(1.02, 1.0))
     return figure
 
 
@@ -125,9 +121,7 @@ def _scatter(
 ) -> None:
     points: list[tuple[float, float]] = []
     for label in dict.fromkeys(row.label for row in _drawn_rows(board)):
-        rows = sorted(
-            (r for r in board.rows if r.label == label), key=lambda r: r.results.recompute_ratio or 0.0
-        )
+        rows = sorted((r for r in board.rows if r.label == label), key=lambda r: r.results.recompute_ratio or 0.0)
         drawn = [(row, x_of(row.results), e) for row in rows if (e := _estimate(row, metric)) is not None]
         ax.plot(
             [x[0] for _, x, _ in drawn],
@@ -209,8 +203,7 @@ def _handles(board: Board, colours: dict[str, str], markers: dict[float | None, 
     handles = [Line2D([], [], color=colours[label], marker="o", ls="", ms=7, label=label) for label in labels]
     ratios = [r for r in markers if r is not None]
     handles += [
-        Line2D([], [], color="#777777", marker=markers[r], ls="", ms=6, label=f"ratio {percent(r)}")
-        for r in ratios
+        Line2D([], [], color="#777777", marker=markers[r], ls="", ms=6, label=f"ratio {percent(r)}") for r in ratios
     ]
     return [*handles, Line2D([], [], color="#444444", lw=1.4, ls=(0, (4, 3)), label="Pareto front")]
 

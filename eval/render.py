@@ -45,9 +45,7 @@ def markdown(boards: Sequence[Board]) -> str:
             columns = [column.name for column in _columns(board)]
             lines += [f"### {board.title}", "", facts(board), ""]
             lines += ["| " + " | ".join(columns) + " |", "|" + "|".join("---" for _ in columns) + "|"]
-            lines += [
-                "| " + " | ".join(f"**{c}**" if b else c for c, b in cells) + " |" for cells in _cells(board)
-            ]
+            lines += ["| " + " | ".join(f"**{c}**" if b else c for c, b in cells) + " |" for cells in _cells(board)]
             lines += ["", *(f"- {sentence(winners)}" for winners in _by_budget(board)), ""]
     return "\n".join(lines)
 
@@ -65,9 +63,7 @@ def print_boards(boards: Sequence[Board], console: Console | None = None) -> Non
         shown = [i for i, name in enumerate(columns) if name in TERMINAL]
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         for i in shown:
-            table.add_column(
-                columns[i], justify="left" if columns[i] == "method" else "right", overflow="fold"
-            )
+            table.add_column(columns[i], justify="left" if columns[i] == "method" else "right", overflow="fold")
         for cells in _cells(board):
             texts = [(text.split(" [")[0] if narrow else text, bold) for text, bold in cells]
             table.add_row(*(Text(texts[i][0], style="bold" if texts[i][1] else "") for i in shown))
@@ -89,9 +85,7 @@ def facts(board: Board) -> str:
     ]
     m = r.metrics
     if m.nll_full and m.nll_no_context:
-        parts.append(
-            f"answer NLL {m.nll_full.mean:.3f} with full prefill, {m.nll_no_context.mean:.3f} without context"
-        )
+        parts.append(f"answer NLL {m.nll_full.mean:.3f} with full prefill, {m.nll_no_context.mean:.3f} without context")
     if m.f1_full:
         parts.append(f"F1 {m.f1_full.mean:.3f} with full prefill")
     if r.skipped:
@@ -102,9 +96,7 @@ def facts(board: Board) -> str:
 def sentence(winners: Sequence[Winner]) -> str:
     """Who wins at one budget of true compute, by quality and by KL, and by how much over the next."""
     first = winners[0]
-    heading = (
-        f"Equal true compute, at most {first.compute:.3f} (that of {first.budget}) + {COMPUTE_SLACK:g}: "
-    )
+    heading = f"Equal true compute, at most {first.compute:.3f} (that of {first.budget}) + {COMPUTE_SLACK:g}: "
     parts = []
     for winner in winners:
         what, lead = ("quality", "answer NLL") if winner.by == "quality" else ("KL", "KL")
@@ -193,10 +185,7 @@ def _columns(board: Board) -> list[Column]:
 def _cells(board: Board) -> list[list[tuple[str, bool]]]:
     """Rows of (text, whether it is the best of its column among the ranked)."""
     ranked = [row.results for row in board.rows if row.rank is not None]
-    best = [
-        max((v for r in ranked if (v := column.value(r)) is not None), default=None)
-        for column in _columns(board)
-    ]
+    best = [max((v for r in ranked if (v := column.value(r)) is not None), default=None) for column in _columns(board)]
     return [
         [
             (column.show(row), row.rank is not None and top is not None and column.value(row.results) == top)

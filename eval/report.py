@@ -27,9 +27,7 @@ def report(root: Path, *, plots: bool = True) -> list[Board]:
         if results is not None:
             found.append((folder, results))
     if not found:
-        raise ConfigError(
-            f"no sample is measured below {root}; run `lmcache-blend run` with --output {root} first"
-        )
+        raise ConfigError(f"no sample is measured below {root}; run `lmcache-blend run` with --output {root} first")
     boards = make_boards(found)
     write_atomic(root / "leaderboard.md", markdown(boards).encode())
     write_atomic(root / "leaderboard.csv", as_csv(boards).encode())

@@ -57,9 +57,7 @@ class RunConfig(pydantic.BaseModel):
 
     def canonical(self) -> str:
         """JSON with sorted keys and no spaces: what the folder's hash is taken over."""
-        return json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
-        )
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     @property
     def folder(self) -> str:

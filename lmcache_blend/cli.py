@@ -72,9 +72,7 @@ def parser() -> Parser:
         "run", help="measure methods on a task", description="Measure methods on a task with a model."
     )
     run.set_defaults(command=_run)
-    run.add_argument(
-        "--model", required=True, metavar="M", help="Hugging Face id, local folder, or smollm2-135m"
-    )
+    run.add_argument("--model", required=True, metavar="M", help="Hugging Face id, local folder, or smollm2-135m")
     run.add_argument(
         "--task", required=True, metavar="T", help="a task of `lmcache-blend ls tasks`; any name with --data"
     )
@@ -89,13 +87,9 @@ def parser() -> Parser:
     run.add_argument(
         "--recompute-ratio", type=_words, default=["0.15"], metavar="R[,R...]", help="0 to 1 (default 0.15)"
     )
-    run.add_argument(
-        "--codec", default="raw", metavar="SPEC", help="id or JSON of the stored KV's codec (default raw)"
-    )
+    run.add_argument("--codec", default="raw", metavar="SPEC", help="id or JSON of the stored KV's codec (default raw)")
     run.add_argument("--backend", choices=["hf"], default="hf", help="engine that runs the model")
-    run.add_argument(
-        "--limit", type=int, default=50, metavar="N", help="at most so many samples (default 50)"
-    )
+    run.add_argument("--limit", type=int, default=50, metavar="N", help="at most so many samples (default 50)")
     run.add_argument(
         "--seed",
         type=int,
@@ -124,14 +118,10 @@ def parser() -> Parser:
         "--json", metavar="FILE", help="write the leaderboard as JSON, - for stdout (instead of the table)"
     )
 
-    ls = commands.add_parser(
-        "ls", help="what is registered", description="Names of tasks, methods, codecs or tiers."
-    )
+    ls = commands.add_parser("ls", help="what is registered", description="Names of tasks, methods, codecs or tiers.")
     ls.set_defaults(command=_ls)
     ls.add_argument("kind", choices=["tasks", "methods", "codecs", "tiers"])
-    ls.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="a list of {name, description} as JSON"
-    )
+    ls.add_argument("--json", nargs="?", const="-", metavar="FILE", help="a list of {name, description} as JSON")
     return root
 
 

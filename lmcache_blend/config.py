@@ -40,7 +40,9 @@ class Config(pydantic.BaseModel):
     @classmethod
     def from_env(cls, **overrides: Any) -> Self:
         """Settings from LMCACHE_BLEND_<FIELD> variables; keyword arguments win over the environment."""
-        found = {f: os.environ[ENV_PREFIX + f.upper()] for f in cls.model_fields if ENV_PREFIX + f.upper() in os.environ}
+        found = {
+            f: os.environ[ENV_PREFIX + f.upper()] for f in cls.model_fields if ENV_PREFIX + f.upper() in os.environ
+        }
         return cls(**{**found, **overrides})
 
 

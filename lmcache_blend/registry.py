@@ -10,8 +10,8 @@ from typing import Generic, TypeVar
 
 from lmcache_blend.errors import DuplicateNameError, UnknownNameError
 
-
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 class Registry(Generic[T]):
@@ -29,20 +29,20 @@ class Registry(Generic[T]):
         self._items: dict[str, T] = {}
         self._loaded = False
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[S], S]:
         """Decorator that files an object under `name`.
 
         Raises DuplicateNameError where another object has that name. The same class defined again (a notebook cell
         run twice) replaces itself.
         """
 
-        def add(item: T) -> T:
+        def add(item: S) -> S:
             old = self._items.get(name)
             if old is not None and old is not item and _identity(old) != _identity(item):
                 raise DuplicateNameError(
                     f"{self.kind} {name!r} is already registered by {_identity(old)}; choose another name"
                 )
-            self._items[name] = item
+            self._items[name] = item  # pyright: ignore[reportArgumentType]  # the decorator keeps the class's own type
             return item
 
         return add

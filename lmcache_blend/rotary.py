@@ -74,9 +74,7 @@ class Angles:
 
     def __getitem__(self, part: slice | Tensor) -> "Angles":
         done: dict[int, Turn] = {}
-        turns = tuple(
-            None if t is None else done.setdefault(id(t), Turn(t.cos[part], t.sin[part])) for t in self.turns
-        )
+        turns = tuple(None if t is None else done.setdefault(id(t), Turn(t.cos[part], t.sin[part])) for t in self.turns)
         return Angles(self.layers, turns)
 
     def regime(self) -> bytes:
@@ -103,7 +101,7 @@ class Angles:
 
 
 def rotate(x: Tensor, turn: Turn, piece: RotarySlice, inverse: bool = False) -> Tensor:
-    """Turn dims piece.start..piece.stop of x [..., T, D] by (cos, sin) [T, R/2], or back; float32 inside, x.dtype out."""
+    """Turn dims piece.start..piece.stop of x [..., T, D] by (cos, sin) [T, R/2], or back, in float32."""
     c, s = turn
     if inverse:
         norm = c * c + s * s

@@ -19,8 +19,8 @@ class Prompt:
 
     tokens: [T] int64, never re-tokenised. spans: (start, end) pairs, ascending, disjoint, each at least one token.
     prefix: whether the first span is the shared instruction prefix (starts at 0; passages are encoded behind it
-    where BlendConfig.encode is "prefix"). The tokens outside every span are always computed, and so is the prompt's last
-    token, since its logits give the first token.
+    where BlendConfig.encode is "prefix"). The tokens outside every span are always computed, and so is the prompt's
+    last token, since its logits give the first token.
 
     Raises SegmentError.
     """
@@ -34,7 +34,9 @@ class Prompt:
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "spans", tuple((int(a), int(b)) for a, b in self.spans))
         if tokens.dim() != 1 or len(tokens) == 0:
-            raise SegmentError(f"a prompt is one non-empty row of token ids, not a tensor of shape {tuple(tokens.shape)}")
+            raise SegmentError(
+                f"a prompt is one non-empty row of token ids, not a tensor of shape {tuple(tokens.shape)}"
+            )
         last = 0
         for start, end in self.spans:
             if start < last:
@@ -97,8 +99,8 @@ class Trace:
     """What one blended forward did.
 
     rows: per layer, the positions [N_l] whose KV was computed; ascending, shrinking with the layer.
-    deviation: [L, T] relative error of the reused K and V against what was computed in their place (root mean square over
-    heads and dims of K plus V, each over that of the fresh one); NaN where nothing reused was recomputed.
+    deviation: [L, T] relative error of the reused K and V against what was computed in their place (root mean square
+    over heads and dims of K plus V, each over that of the fresh one); NaN where nothing reused was recomputed.
     scores: [T] the policy's score of each token (-inf where it was no candidate), or None.
     stages_ms: wall time per stage (load, place, probe, select, forward), in order; place happens inside the first
     forward, layer by layer, and is taken out of it here.

@@ -93,8 +93,8 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     **{f"phi-{kind}": ("phi", {"partial_rotary_factor": 0.5, **rope(kind, partial_rotary_factor=0.5)})
        for kind in ("default", "linear", "dynamic")},
     **{f"phi3-{kind}": ("phi3", rope(kind)) for kind in ("default", "longrope")},
-    **{f"gpt_neox-{kind}": ("gpt_neox", {"rotary_pct": 0.25, "hidden_act": "gelu", **rope(kind, partial_rotary_factor=0.25)})
-       for kind in ("default", "linear", "dynamic")},
+    **{f"gpt_neox-{kind}": ("gpt_neox", {"rotary_pct": 0.25, "hidden_act": "gelu",
+       **rope(kind, partial_rotary_factor=0.25)}) for kind in ("default", "linear", "dynamic")},
     "stablelm": ("stablelm", {"partial_rotary_factor": 0.25}),
     "glm4": ("glm4", {"head_dim": 16, "partial_rotary_factor": 0.5}),
     **{f"cohere-{kind}": ("cohere", rope(kind)) for kind in ("default", "llama3")},
@@ -103,7 +103,8 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     **{f"olmo2-{kind}": ("olmo2", rope(kind)) for kind in ("default", "yarn")},
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
     "smollm3-yarn": ("smollm3", {"no_rope_layer_interval": 2, **rope("yarn")}),
-    "gpt_oss-yarn": ("gpt_oss", {"head_dim": 16, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss-yarn": ("gpt_oss", {"head_dim": 16, "sliding_window": 24, "num_local_experts": 4,
+        "num_experts_per_tok": 2}),
     "deepseek_v2": ("deepseek_v2", {"topk_method": "greedy", **MLA}),
     "deepseek_v3": ("deepseek_v3", {"rope_interleave": True, **MLA}),
     "deepseek_v3-yarn": (
@@ -131,7 +132,8 @@ def main() -> None:
     """Print what the gates measure for every architecture: `make gates`."""
     from lmcache_blend.hf import HFRunner
 
-    print(f"{'model and rope':20s} {'rotation':>9s} {'full':>9s} {'partial':>9s} {'dropped':>9s}   largest |logit difference|")
+    print("largest |logit difference| to the model's own forward, float32; rotation: relative error of the fit")
+    print(f"{'model and rope':20s} {'rotation':>9s} {'full':>9s} {'partial':>9s} {'dropped':>9s}")
     for name in ARCHITECTURES:
         gates = HFRunner.checked(build(name)).gates
         errors = [gates["rotation_error"], *(gates[g]["largest"] for g in ("full", "partial", "dropped"))]

@@ -1,4 +1,6 @@
-"""Shared by all tests: one thread (two cores that share a machine spin against each other), a cache folder of our own."""
+"""Shared by all tests: one thread (two cores that share a machine spin against each other), a cache folder of our
+own.
+"""
 
 import os
 from pathlib import Path
@@ -15,7 +17,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session", autouse=True)
 def _gate_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Gate outcomes of the tests stay out of the user's cache; converted models stay in it, they take a minute to make."""
+    """Gate outcomes of the tests stay out of the user's cache; converted models stay in it, they take a minute to
+    make.
+    """
     from lmcache_blend.hf import gates
 
     folder = tmp_path_factory.mktemp("cache")

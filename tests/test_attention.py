@@ -21,7 +21,10 @@ def row_sets(draw):
     length = draw(st.integers(2, 60))
     batch = draw(st.integers(1, 3))
     count = draw(st.integers(1, length))
-    rows = [sorted(draw(st.lists(st.integers(0, length - 1), min_size=count, max_size=count, unique=True))) for _ in range(batch)]
+    rows = [
+        sorted(draw(st.lists(st.integers(0, length - 1), min_size=count, max_size=count, unique=True)))
+        for _ in range(batch)
+    ]
     return length, torch.tensor(rows)
 
 
@@ -47,7 +50,11 @@ def test_row_attention_equals_reference(rows_of, heads, block):
     length, rows = rows_of
     hq, h = heads
     torch.manual_seed(0)
-    q, k, v = torch.randn(len(rows), hq, rows.shape[1], 8), torch.randn(len(rows), h, length, 8), torch.randn(len(rows), h, length, 6)
+    q, k, v = (
+        torch.randn(len(rows), hq, rows.shape[1], 8),
+        torch.randn(len(rows), h, length, 8),
+        torch.randn(len(rows), h, length, 6),
+    )
     if rows.max() + 1 < length:  # keys that nobody may see must not leak in, whatever they hold
         k[:, :, rows.max() + 1 :], v[:, :, rows.max() + 1 :] = 1e4, 1e4
     mask = torch.zeros(len(rows), 1, rows.shape[1], length)
@@ -83,7 +90,9 @@ def test_masks_of_a_blended_forward(tiny, order, stored, ratio, policy):
 
     def spy(q, k, v, mask, last, scale, *rest):
         forward = intercept.CURRENT.get()
-        seen.append((forward.rows[0].tolist(), mask[0, 0] == 0, None if forward.hidden is None else forward.hidden.clone()))
+        seen.append(
+            (forward.rows[0].tolist(), mask[0, 0] == 0, None if forward.hidden is None else forward.hidden.clone())
+        )
         return original(q, k, v, mask, last, scale, *rest)
 
     with pytest.MonkeyPatch.context() as patch:

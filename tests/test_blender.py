@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import VOCAB, build
 
-from lmcache_blend import Blender, BlendConfig, MemoryStore, Prompt, RowPolicy
+from lmcache_blend import BlendConfig, Blender, MemoryStore, Prompt, RowPolicy
 from lmcache_blend.blend import Plan, by_separator, policies
 from lmcache_blend.codecs import get_codec
 from lmcache_blend.errors import ConfigError, ContextLengthError, SegmentError, UnknownNameError
@@ -110,7 +110,9 @@ def test_every_policy(name, method):
         assert len(trace.rows[-1]) == round(0.25 * candidates) + len(QUESTION)
         assert trace.scores.isfinite().sum() == candidates
         compared = trace.deviation[-1].isfinite()
-        assert set(compared.nonzero().flatten().tolist()) == set(trace.rows[-1].tolist()) - set(range(sum(LENGTHS), len(prompt)))
+        assert set(compared.nonzero().flatten().tolist()) == set(trace.rows[-1].tolist()) - set(
+            range(sum(LENGTHS), len(prompt))
+        )
     else:
         assert trace.recompute_ratio is None
     reused_all = len(trace.rows[0]) == len(QUESTION)
@@ -179,7 +181,11 @@ def test_gradual_drops_rows_several_times():
 def test_batches_equal_single_prompts(name, method):
     runner = HFRunner.checked(build(name))
     blender = Blender(runner, BlendConfig(policy=method, recompute_ratio=0.3, store_misses=False))
-    prompts = [Prompt.join(PARTS, QUESTION), Prompt.join([PARTS[2], PARTS[1]], ids(4, 7)), Prompt.join([PARTS[3], PARTS[0]], QUESTION)]
+    prompts = [
+        Prompt.join(PARTS, QUESTION),
+        Prompt.join([PARTS[2], PARTS[1]], ids(4, 7)),
+        Prompt.join([PARTS[3], PARTS[0]], QUESTION),
+    ]
     for prompt in prompts:
         blender.store(prompt)
     single = [blender.prefill(p) for p in prompts]
@@ -198,7 +204,9 @@ def test_decoding_equals_the_models_own(tiny):
     blender.store(prompt)
     result = blender.prefill(prompt)
     with torch.inference_mode():
-        own = tiny.model.generate(prompt.tokens[None], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        own = tiny.model.generate(
+            prompt.tokens[None], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
     want = own[0, len(prompt) :].tolist()
     assert result.generate(12, stop_ids=()) == want
     assert result.generate(12, stop_ids=()) == want, "decoding leaves the prefill as it was"
@@ -292,7 +300,13 @@ def test_segments_by_separator():
 
 @pytest.mark.parametrize(
     ("spans", "message"),
-    [(((0, 5), (4, 8)), "overlaps"), (((5, 5),), "empty"), (((0, 99),), "outside"), (((6, 9), (0, 3)), "overlaps"), (((-2, 3),), "overlaps")],
+    [
+        (((0, 5), (4, 8)), "overlaps"),
+        (((5, 5),), "empty"),
+        (((0, 99),), "outside"),
+        (((6, 9), (0, 3)), "overlaps"),
+        (((-2, 3),), "overlaps"),
+    ],
 )
 def test_bad_spans(spans, message):
     with pytest.raises(SegmentError, match=message):
@@ -306,9 +320,9 @@ def test_bad_input(tiny):
         blender.prefill(prompt, policy="cachblend")
     with pytest.raises(ConfigError, match=r"1\.5.*\[0, 1\]"):
         blender.prefill(prompt, recompute_ratio=1.5)
-    with pytest.raises(ConfigError, match="'chekc'.*'check'"):
+    with pytest.raises(ConfigError, match=r"'chekc'.*'check'"):
         Blender(tiny, BlendConfig(policy="cacheblend", options={"chekc": "single"}))
-    with pytest.raises(ContextLengthError, match="300 tokens.*256 positions"):
+    with pytest.raises(ContextLengthError, match=r"300 tokens.*256 positions"):
         blender.prefill(Prompt(torch.arange(300) % 100))
     with pytest.raises(ConfigError, match="tokenizer"):
         blender.prefill(["text"], "question")
@@ -335,7 +349,10 @@ def test_prompt_that_ends_in_a_span(tiny):
     result = blender.prefill(prompt)
     assert result.trace.rows[0].tolist() == [len(prompt) - 1]
     for policy in ("query_attention", "cacheblend"):
-        assert blender.prefill(prompt, policy=policy, recompute_ratio=1.0).logits.sub(full(tiny, prompt)).abs().max() <= 1e-4
+        assert (
+            blender.prefill(prompt, policy=policy, recompute_ratio=1.0).logits.sub(full(tiny, prompt)).abs().max()
+            <= 1e-4
+        )
 
 
 def test_text_api(smollm2):
@@ -349,4 +366,6 @@ def test_text_api(smollm2):
     exact = Blender(smollm2, BlendConfig(policy="epic", recompute_ratio=1.0), blender.chunks)
     full = Blender(smollm2, BlendConfig(policy="full_recompute"))
     question = "Question: Where was Bo Ruiz born?\nAnswer: Bo Ruiz was born in"
-    assert exact.generate(passages[::-1], question, 8, prefix) == full.generate(passages[::-1], question, 8, prefix) != ""
+    assert (
+        exact.generate(passages[::-1], question, 8, prefix) == full.generate(passages[::-1], question, 8, prefix) != ""
+    )

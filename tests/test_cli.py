@@ -87,17 +87,12 @@ def test_a_broken_data_line_is_named(tmp_path, capsys):
 def test_a_model_that_is_not_there(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert (
-        cli.main(
-            ["run", "--model", "./no-such-folder", "--task", "needle", "--method", "epic", "--output", "x"]
-        )
-        == 2
+        cli.main(["run", "--model", "./no-such-folder", "--task", "needle", "--method", "epic", "--output", "x"]) == 2
     )
     assert "no-such-folder" in one_line_error(capsys)
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["rnu"], ["run"], ["report"], ["ls", "tiles"], ["report", "x", "--jsn", "-"]]
-)
+@pytest.mark.parametrize("command", [[], ["rnu"], ["run"], ["report"], ["ls", "tiles"], ["report", "x", "--jsn", "-"]])
 def test_wrong_usage_is_one_line(command, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(command)

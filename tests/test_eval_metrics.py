@@ -95,9 +95,7 @@ class TestLogitScores:
     def test_known_divergence(self):
         reference, logits = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
         scores = metrics.logit_scores(logits, reference, torch.tensor([0]))
-        assert scores["kl"] == pytest.approx(
-            0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), rel=1e-6
-        )
+        assert scores["kl"] == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), rel=1e-6)
         assert scores["nll"] == pytest.approx(-math.log(0.75), rel=1e-6)
 
     def test_bfloat16_logits_and_tokens_ruled_out(self):
@@ -126,9 +124,7 @@ class TestStats:
     @few
     def test_shift_moves_the_interval(self, values, shift):
         a, b = stats.bootstrap(values), stats.bootstrap([v + shift for v in values])
-        assert (b.low, b.mean, b.high) == pytest.approx(
-            (a.low + shift, a.mean + shift, a.high + shift), abs=1e-9
-        )
+        assert (b.low, b.mean, b.high) == pytest.approx((a.low + shift, a.mean + shift, a.high + shift), abs=1e-9)
 
     def test_same_values_same_interval_and_more_samples_narrow_it(self):
         values = np.random.default_rng(3).normal(size=400)
@@ -156,9 +152,7 @@ class TestStats:
     def test_quality_is_a_ratio_of_sums(self):
         quality = stats.normalised_quality([4.0, 2.0], [2.0, 2.0], [0.0, 2.0])
         assert quality.mean == pytest.approx(2 / 4)
-        assert (
-            stats.normalised_quality([1.0, 1.0], [1.0, 1.0], [1.0, 1.0]).high != 0
-        )  # NaN, not a number made up
+        assert stats.normalised_quality([1.0, 1.0], [1.0, 1.0], [1.0, 1.0]).high != 0  # NaN, not a number made up
 
     def test_signal_needs_an_interval_above_zero(self):
         rng = np.random.default_rng(0)

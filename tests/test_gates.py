@@ -41,7 +41,9 @@ def test_architecture(name):
     assert (reused.logits - reference).abs().max() > 1e-3, "reuse cannot be exact: the test would not see an error"
 
 
-@pytest.mark.parametrize("name", ["llama-llama3", "mixtral", "qwen3_moe-default", "gemma3", "gpt_oss-yarn", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["llama-llama3", "mixtral", "qwen3_moe-default", "gemma3", "gpt_oss-yarn", "deepseek_v3"]
+)
 def test_bfloat16(name):
     runner = HFRunner.checked(build(name, torch.bfloat16))
     assert all(runner.gates[gate]["relative"] <= 0.05 for gate in ("full", "partial", "dropped"))
@@ -98,8 +100,10 @@ def test_a_failing_gate_refuses_the_model_with_the_reason(monkeypatch):
 
 
 def test_a_model_without_rotary_tables_is_refused():
-    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256))
-    with pytest.raises(UnsupportedModelError, match="cannot be moved|cannot run"):
+    model = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"cannot be moved|cannot run"):
         HFRunner.checked(model)
 
 
@@ -124,7 +128,9 @@ def test_smollm2_ratio_one_on_real_tokens(smollm2):
     """1,500 tokens of real English in five chunks: recomputing all of them is a full prefill."""
     from pydoc_data.topics import topics
 
-    ids = torch.tensor(smollm2.tokenizer("\n".join(topics[t] for t in ("assignment", "objects", "naming")))["input_ids"][:1500])
+    ids = torch.tensor(
+        smollm2.tokenizer("\n".join(topics[t] for t in ("assignment", "objects", "naming")))["input_ids"][:1500]
+    )
     assert len(ids) == 1500
     prompt = Prompt(ids, tuple((a, a + 290) for a in range(0, 1450, 290)))
     blender = Blender(smollm2, BlendConfig(policy="attention_value_norm", recompute_ratio=1.0))

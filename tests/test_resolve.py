@@ -317,9 +317,7 @@ def test_the_converted_model_answers(converted):
     model = AutoModelForCausalLM.from_pretrained(converted, dtype="auto")
     assert model.dtype == torch.float32
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
-    ids = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1] :]
     answer = tokenizer.decode(out)
     assert "Paris" in answer

@@ -146,9 +146,7 @@ def test_fidelity_sets_have_no_answers_and_no_signal():
 
 
 def test_a_task_that_context_does_not_help_has_no_signal():
-    results = aggregate(
-        config(), [sample(i, nll_no_context=0.9 + 0.01 * i + (-1) ** i * 0.1) for i in range(6)]
-    )
+    results = aggregate(config(), [sample(i, nll_no_context=0.9 + 0.01 * i + (-1) ** i * 0.1) for i in range(6)])
     assert not results.signal
 
 
@@ -172,9 +170,7 @@ def test_the_folder_name_is_the_combination_and_not_the_limit(tmp_path: Path):
     assert config().folder.startswith("squad__org--name__epic__")
     assert len(config().folder.rsplit("__", 1)[1]) == 8
     assert config().folder == config().folder
-    assert (
-        len({config(**c).folder for c in ({}, {"seed": 1}, {"recompute_ratio": 0.3}, {"encode": "bos"})}) == 4
-    )
+    assert len({config(**c).folder for c in ({}, {"seed": 1}, {"recompute_ratio": 0.3}, {"encode": "bos"})}) == 4
     assert "limit" not in RunConfig.model_fields
 
 

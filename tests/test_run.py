@@ -55,9 +55,7 @@ def test_run_writes_one_folder_per_combination(output: Path):
             "trace.npz",
         }
         assert folder.name.startswith("tales__tiny__")
-    assert all(
-        (r.n, r.complete, r.backend, r.codec["id"]) == (3, True, "hf", "raw") for r in results.values()
-    )
+    assert all((r.n, r.complete, r.backend, r.codec["id"]) == (3, True, "hf", "raw") for r in results.values())
     assert {"lmcache_blend", "torch", "transformers", "python"} <= set(results["epic", 0.15].versions)
 
 
@@ -161,9 +159,7 @@ def test_an_interrupted_run_can_be_reported_and_resumed(model, data, tmp_path, c
     assert all((r.n, r.complete) == (3, True) for r in results_of(tmp_path).values())
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_there(
-    model, data, tmp_path, capsys, monkeypatch
-):
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_there(model, data, tmp_path, capsys, monkeypatch):
     command = arguments(model, data, tmp_path, method="epic", limit=2)
     assert cli.main(command) == 0
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -219,10 +215,7 @@ def test_stored_kv_goes_through_the_codec(model, data, tmp_path, output):
 
 
 def test_sets_without_answers_measure_fidelity(model, tmp_path):
-    rows = [
-        {"id": str(i), "dataset": "f", "task": "fidelity", "question": "Where?", "answers": []}
-        for i in range(2)
-    ]
+    rows = [{"id": str(i), "dataset": "f", "task": "fidelity", "question": "Where?", "answers": []} for i in range(2)]
     path = tmp_path / "f.jsonl"
     path.write_text("".join(json.dumps({**r, "contexts": [passage(1), passage(2)]}) + "\n" for r in rows))
     assert cli.main(arguments(model, path, tmp_path / "out", method="epic,full_reuse")) == 0

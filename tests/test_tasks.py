@@ -37,25 +37,19 @@ BOS, EOS = "<s>", "</s>"
 
 def byte_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
     """One token a byte, so that token ids spell the text; with or without a BOS of its own."""
-    vocabulary = {
-        symbol: i for i, symbol in enumerate([BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())])
-    }
+    vocabulary = {symbol: i for i, symbol in enumerate([BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A", special_tokens=[(BOS, 0)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
 
 
 def sentencepiece_like(words: list[str]) -> PreTrainedTokenizerFast:
     """Words behind a '▁' that is also put before the text, as Llama 2's tokenizer does."""
     pieces = ["<unk>", "▁", ":", *{f"▁{w}" for w in words}, *words]
-    tokenizer = Tokenizer(
-        models.Unigram([(p, -float(len(pieces) - i)) for i, p in enumerate(pieces)], unk_id=0)
-    )
+    tokenizer = Tokenizer(models.Unigram([(p, -float(len(pieces) - i)) for i, p in enumerate(pieces)], unk_id=0))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
@@ -108,9 +102,7 @@ class TestGenerated:
         paragraphs = sentences()
         text = " ".join(s for p in paragraphs for s in p)
         assert len(text.split()) > 5000
-        assert sum(word in ("the", "of", "a", "is", "and", "to") for word in text.split()) > 0.15 * len(
-            text.split()
-        )
+        assert sum(word in ("the", "of", "a", "is", "and", "to") for word in text.split()) > 0.15 * len(text.split())
         assert not set("{}|<>`*=") & set(text)
 
     def test_multi_key_holds_every_needle_once(self):
@@ -128,18 +120,14 @@ class TestGenerated:
 
     @pytest.mark.parametrize("hops", [1, 4])
     def test_variable_tracing_sets_before_it_reads_and_the_chain_leads_to_the_answer(self, hops):
-        for sample in load_task(
-            "variable_tracing", None, 10, 2, hops=hops, chains=3, passages=3, words=30
-        ).samples:
+        for sample in load_task("variable_tracing", None, 10, 2, hops=hops, chains=3, passages=3, words=30).samples:
             words = " ".join(sample.contexts).split()
             at = [i for i, word in enumerate(words[:-3]) if word == "VAR" and words[i + 2] == "="]
             assert len(at) == 3 * (hops + 1)
             values: dict[str, str] = {}
             for i in at:
                 right = words[i + 4] if words[i + 3] == "VAR" else words[i + 3]
-                values[words[i + 1]] = (
-                    values[right.rstrip(".")] if words[i + 3] == "VAR" else right.rstrip(".")
-                )
+                values[words[i + 1]] = values[right.rstrip(".")] if words[i + 3] == "VAR" else right.rstrip(".")
             asked = sample.question.split("VAR ")[-1].split()[0]
             assert values[asked] == sample.answers[0]
 
@@ -321,9 +309,7 @@ class TestPrompts:
         assert bare.tokens.tolist() == full.tokens[:prefix].tolist() + full.tokens[question:].tolist()
         assert bare.spans == (full.spans[0],)
 
-    @given(
-        st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=4), st.integers(1, 30), st.randoms()
-    )
+    @given(st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=4), st.integers(1, 30), st.randoms())
     @settings(max_examples=40, deadline=None)
     def test_passages_have_the_same_ids_wherever_they_stand(self, texts, chunk_tokens, rng: random.Random):
         prompt = build_prompt(Sample("a", "q", tuple(texts), ()), "qa", PLAIN, chunk_tokens=chunk_tokens)

@@ -85,9 +85,7 @@ def write_data(path: Path, n: int, passages: int = 4, name: str = "q") -> Path:
     return path
 
 
-def arguments(
-    model: Path, data: Path, output: Path, *more: str, method: str = METHODS, limit: int = 3
-) -> list[str]:
+def arguments(model: Path, data: Path, output: Path, *more: str, method: str = METHODS, limit: int = 3) -> list[str]:
     return [
         *("run", "--model", str(model), "--task", "tales", "--data", str(data), "--method", method),
         *("--limit", str(limit), "--output", str(output), "--option", "max_new_tokens=4", *more),

@@ -37,9 +37,7 @@ TaskFactory = Callable[..., Task]
 tasks: Registry[TaskFactory] = Registry("task", "lmcache_blend.tasks")
 
 
-def register_task(
-    name: str, options: type[Config] = Config
-) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
+def register_task(name: str, options: type[Config] = Config) -> Callable[[Callable[..., Task]], Callable[..., Task]]:
     """Register build(limit, seed, options) as a task; options are fields of a Config, checked before it runs.
 
     Example:
@@ -59,9 +57,7 @@ def register_task(
         def factory(limit: int, seed: int, **given: Any) -> Task:
             return build(limit, seed, options(**given))
 
-        own = [
-            inspect.Parameter(p, inspect.Parameter.KEYWORD_ONLY, default=None) for p in options.model_fields
-        ]
+        own = [inspect.Parameter(p, inspect.Parameter.KEYWORD_ONLY, default=None) for p in options.model_fields]
         sized = list(inspect.signature(build).parameters.values())[:2]
         factory.__signature__ = inspect.Signature([*sized, *own])  # pyright: ignore[reportAttributeAccessIssue]
         tasks.register(name)(factory)
@@ -88,8 +84,6 @@ def load_task(name: str, data: Path | None, limit: int, seed: int, **options: An
     if data is not None:
         if options:
             known = ", ".join(sorted(options))
-            raise ConfigError(
-                f"a JSONL file takes no task options, got: {known}; leave them out or leave out --data"
-            )
+            raise ConfigError(f"a JSONL file takes no task options, got: {known}; leave them out or leave out --data")
         return load_jsonl(Path(data), limit, seed, name=name or None)
     return tasks.get(name)(limit, seed, **options)

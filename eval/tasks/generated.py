@@ -86,9 +86,7 @@ def key_value(limit: int, seed: int, options: KeyValueOptions) -> Task:
     """
     total = options.passages * options.pairs
     if total > MAX_KEYS:
-        raise ConfigError(
-            f"passages * pairs = {total} is more than {MAX_KEYS} different keys; lower one of them"
-        )
+        raise ConfigError(f"passages * pairs = {total} is more than {MAX_KEYS} different keys; lower one of them")
 
     def draw(rng: random.Random) -> tuple:
         keys, values = _keys(rng, total), _numbers(rng, total, digits=7)
@@ -110,8 +108,7 @@ def variable_tracing(limit: int, seed: int, options: TracingOptions) -> Task:
     size = options.hops + 1
     if options.chains * size > len(NOUNS):
         raise ConfigError(
-            f"chains * (hops + 1) = {options.chains * size} is more than {len(NOUNS)} variable names; "
-            "lower one of them"
+            f"chains * (hops + 1) = {options.chains * size} is more than {len(NOUNS)} variable names; lower one of them"
         )
 
     def draw(rng: random.Random) -> tuple:

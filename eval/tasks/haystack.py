@@ -10,9 +10,7 @@ from functools import lru_cache
 from pydoc_data import topics
 
 MIN_WORDS = 15
-_MARKUP = str.maketrans(
-    {"“": '"', "”": '"', "’": "'", "‘": "'", "…": "...", "*": "", '"': "", "`": "", "—": " - "}
-)
+_MARKUP = str.maketrans({"“": '"', "”": '"', "’": "'", "‘": "'", "…": "...", "*": "", '"': "", "`": "", "—": " - "})
 _NOTES = ("Changed in version", "New in version", "Added in version", "Deprecated")
 _CODE = re.compile(r"::|->|>>>|==|\[\]|[{}<>|\\=]|_\w*_")
 

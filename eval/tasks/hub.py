@@ -85,9 +85,7 @@ def load_rows(repo: str, config: str | None, split: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise DataError(
-            f"set {named} needs the datasets package: pip install 'lmcache-blend[eval]'; {way}"
-        ) from None
+        raise DataError(f"set {named} needs the datasets package: pip install 'lmcache-blend[eval]'; {way}") from None
     try:
         with _quiet("huggingface_hub", "datasets"):
             return datasets.load_dataset(repo, config, split=split)
@@ -97,9 +95,7 @@ def load_rows(repo: str, config: str | None, split: str) -> Any:
         raise DataError(f"cannot load set {named} from the hub: {reason}; {way}") from None
 
 
-def samples_of(
-    rows: Any, to_sample: Callable[[Row], Sample], limit: int, seed: int, name: str
-) -> tuple[Sample, ...]:
+def samples_of(rows: Any, to_sample: Callable[[Row], Sample], limit: int, seed: int, name: str) -> tuple[Sample, ...]:
     """The first `limit` usable rows, in their own order for seed 0, else shuffled by the seed.
 
     Rows without any text are left out. Raises DataError where a row lacks a field or no row is usable.

@@ -36,9 +36,7 @@ def load_jsonl(path: Path, limit: int, seed: int, name: str | None = None) -> Ta
         kind, sample = _parse(line, f"{path}, line {number}")
         first = ids.setdefault(sample.id, number)
         if first != number:
-            raise DataError(
-                f"{path}, line {number}: id {sample.id!r} is also that of line {first}; ids must differ"
-            )
+            raise DataError(f"{path}, line {number}: id {sample.id!r} is also that of line {first}; ids must differ")
         kinds.setdefault(kind, number)
         if len(kinds) > 1:
             raise DataError(

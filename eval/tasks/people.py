@@ -83,9 +83,7 @@ def _prose(
 
     Any fact may come first or last, so that no policy gains by a place where answers always stand.
     """
-    forms = {
-        fact: rng.choice(forms) for fact, forms in facts.items() if fact != "mayor" or "mayor" in subject
-    }
+    forms = {fact: rng.choice(forms) for fact, forms in facts.items() if fact != "mayor" or "mayor" in subject}
     kept = [forms.pop(fact) for fact in facts if fact in needed and fact in forms]
     if not kept:
         kept = [forms.pop(rng.choice(sorted(forms)))]

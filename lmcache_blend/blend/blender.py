@@ -32,7 +32,8 @@ class _Hit:
 class Blender:
     """Prefills prompts from stored KV chunks.
 
-    runner: a ModelRunner (`lmcache_blend.hf.load_runner`). config: BlendConfig, by default from LMCACHE_BLEND_* variables.
+    runner: a ModelRunner (`lmcache_blend.hf.load_runner`). config: BlendConfig, by default from LMCACHE_BLEND_*
+    variables.
     store: where chunks live, by default a new MemoryStore.
 
     Example:

@@ -19,11 +19,12 @@ from lmcache_blend.registry import Registry
 class Signals:
     """What a policy may look at; fields that it does not need (`RowPolicy.needs`) are None.
 
-    tokens: [T] token ids. candidate: [T] bool, the reused tokens. chunk_offset, chunk_length: [T] place of a token in its
-    chunk and the chunk's length, in tokens.
+    tokens: [T] token ids. candidate: [T] bool, the reused tokens. chunk_offset, chunk_length: [T] place of a token in
+    its chunk and the chunk's length, in tokens.
     With "query_probe": attention [L, Hq, T], how much the question's rows attend to each token over the reused KV, mean
     over the rows; value_norm [L, Hq, T], L2 norm of each token's V.
-    With "deviation" (at a check layer): key_deviation, value_deviation [T], squared L2 distance of fresh and reused K, V;
+    With "deviation" (at a check layer): key_deviation, value_deviation [T], squared L2 distance of fresh and reused
+    K, V;
     key_energy, value_energy: mean squared norm of the fresh ones.
     With "oracle": true_deviation [L, T], relative error of the reused KV; attention as above, but of a full prefill.
     """
@@ -54,7 +55,7 @@ class RowPolicy:
         raise ConfigError(f"policy {type(self).__name__} has no score function; define score(self, signals) -> [T]")
 
     def schedule(self, layers: int, ratio: float) -> dict[int, float]:
-        """Where rows are chosen: layer -> share of the reused tokens kept from there on. Layer 0: before the forward."""
+        """Layer -> share of the reused tokens that is computed from there on; layer 0: before the forward."""
         return {0: ratio}
 
 
@@ -85,7 +86,7 @@ class FullRecompute(RowPolicy):
 @policies.register("prefix_cache")
 @dataclass(frozen=True)
 class PrefixCache(RowPolicy):
-    """Prefix caching: chunks at the front whose KV is exact there; everything behind the first other one is computed."""
+    """Prefix caching: exact chunks at the front are taken, everything behind them is computed."""
 
     reuse = "prefix"
     fixed_ratio = 0.0
@@ -125,8 +126,8 @@ class Epic(RowPolicy):
 class CacheBlend(RowPolicy):
     """CacheBlend (arXiv 2405.16444): the tokens whose K and V deviate most from the reused ones (HKVD).
 
-    signal: compare "k", "v" or "kv". check: at "single" the tokens are chosen at layer 1; "gradual" is the paper's schedule,
-    chosen anew at four depths, from 1.5 times the ratio down to half of it, the ratio on average.
+    signal: compare "k", "v" or "kv". check: at "single" the tokens are chosen at layer 1; "gradual" is the paper's
+    schedule, chosen anew at four depths, from 1.5 times the ratio down to half of it, the ratio on average.
     """
 
     signal: Literal["k", "v", "kv"] = "kv"
@@ -140,7 +141,8 @@ class CacheBlend(RowPolicy):
             raise ConfigError(f"check = {self.check!r}: choose single or gradual")
 
     def score(self, signals: Signals) -> Tensor:
-        assert signals.key_deviation is not None and signals.value_deviation is not None
+        assert signals.key_deviation is not None
+        assert signals.value_deviation is not None
         k, v = signals.key_deviation / signals.key_energy, signals.value_deviation / signals.value_energy
         return {"k": k, "v": v, "kv": k + v}[self.signal]
 
@@ -176,7 +178,8 @@ class AttentionValueNorm(RowPolicy):
     needs = frozenset({"query_probe"})
 
     def score(self, signals: Signals) -> Tensor:
-        assert signals.attention is not None and signals.value_norm is not None
+        assert signals.attention is not None
+        assert signals.value_norm is not None
         return (signals.attention * signals.value_norm).mean((0, 1))
 
 
@@ -185,15 +188,16 @@ class AttentionValueNorm(RowPolicy):
 class HeadVote(RowPolicy):
     """Ours: attention_value_norm with each head's scores divided by their sum over the reused tokens.
 
-    A head that spends its attention on the prefix or on the question itself says little in the plain mean, however sharply it
-    tells the reused tokens apart; here every head of every layer has one vote.
+    A head that spends its attention on the prefix or on the question itself says little in the plain mean, however
+    sharply it tells the reused tokens apart; here every head of every layer has one vote.
     """
 
     max_queries: int = 64
     needs = frozenset({"query_probe"})
 
     def score(self, signals: Signals) -> Tensor:
-        assert signals.attention is not None and signals.value_norm is not None
+        assert signals.attention is not None
+        assert signals.value_norm is not None
         votes = signals.attention * signals.value_norm * signals.candidate
         return (votes / votes.sum(-1, keepdim=True).clamp_min(1e-12)).mean((0, 1))
 
@@ -207,5 +211,6 @@ class Oracle(RowPolicy):
     needs = frozenset({"oracle"})
 
     def score(self, signals: Signals) -> Tensor:
-        assert signals.attention is not None and signals.true_deviation is not None
+        assert signals.attention is not None
+        assert signals.true_deviation is not None
         return (signals.attention.mean(1) * signals.true_deviation.nan_to_num(0.0)).mean(0)

@@ -43,7 +43,10 @@ class Prefill:
 def generate_batch(
     prefills: Sequence[Prefill], max_new_tokens: int, stop_ids: Collection[int] | None = None
 ) -> list[list[int]]:
-    """Greedy continuations of several prefills of one runner, decoded together. Each can be continued again afterwards. Ends early at the model's last position."""
+    """Greedy continuations of several prefills of one runner, decoded together, up to the model's last position.
+
+    Each prefill can be continued again afterwards.
+    """
     runner = prefills[0].runner
     stops = set(runner.stop_ids if stop_ids is None else stop_ids)
     tokens, kvs = [p.prompt.tokens for p in prefills], [p.kv for p in prefills]

@@ -21,11 +21,11 @@ Observer = Callable[[int, int, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 class Plan:
     """Rows per layer, shrinking: the rows that start, and where in the middle of the forward some are dropped.
 
-    rows: per prompt [N] int64, ascending. checks: layer -> chooser(layer, rows [B, N], fresh k, v [B, H, N, D]) -> ascending
-    indices [B, M] of the rows that go on. hidden: [T] bool, positions that no row may see (a probe leaves out text that
-    has no KV yet). tap: sees (layer, attention weights [B, Hq, N, T], values [B, H, T, Dv]); with stop_at, the forward
-    ends after that layer's attention and gives no logits. observer: sees (layer, b, rows [N] of prompt b, fresh k, v
-    [H, N, D], K, V buffers [H, capacity, D]) before each write.
+    rows: per prompt [N] int64, ascending. checks: layer -> chooser(layer, rows [B, N], fresh k, v [B, H, N, D]) ->
+    ascending indices [B, M] of the rows that go on. hidden: [T] bool, positions that no row may see (a probe leaves
+    out text that has no KV yet). tap: sees (layer, attention weights [B, Hq, N, T], values [B, H, T, Dv]); with
+    stop_at, the forward ends after that layer's attention and gives no logits. observer: sees (layer, b, rows [N] of
+    prompt b, fresh k, v [H, N, D], K, V buffers [H, capacity, D]) before each write.
     """
 
     rows: Sequence[Tensor]
@@ -48,8 +48,8 @@ class Computed:
 class CostModel:
     """Floating-point operations of a forward, per layer; a multiply-add counts two. Read off the model once.
 
-    row: per computed row (projections, MLP, active experts). check: the part of `row` before K and V are known. key: per
-    token of the prompt (MLA expands the latents of all keys). attend: per visible key of a row, 2 * Hq * (Dk + Dv).
+    row: per computed row (projections, MLP, active experts). check: the part of `row` before K and V are known. key:
+    per token of the prompt (MLA expands the latents of all keys). attend: per visible key of a row, 2 * Hq * (Dk + Dv).
     window: visible keys at most, None if unlimited. head: per row of logits.
     """
 
@@ -61,7 +61,7 @@ class CostModel:
     head: float
 
     def forward(self, rows: Sequence[Tensor], tokens: int, logits: int, checked: dict[int, int] | None = None) -> float:
-        """rows: per computed layer the positions [N_l]; tokens: T; checked: layer -> rows that came to a check there."""
+        """rows: per computed layer the positions [N_l]; tokens: T; checked: layer -> rows that came to a check."""
         total = self.head * logits
         for i, r in enumerate(rows):
             visible = r + 1
@@ -89,9 +89,11 @@ class ModelRunner(Protocol):
     tokenizer: Any
     bos_id: int | None
     stop_ids: tuple[int, ...]
-    kv_shapes: tuple[tuple[int, int, int, int], ...]
     rotary: RotaryTable
     cost: CostModel
+
+    @property
+    def kv_shapes(self) -> tuple[tuple[int, int, int, int], ...]: ...
 
     def new_kv(self, tokens: int, capacity: int = 0) -> Any:
         """An empty KVView for one prompt of T tokens with room for `capacity`."""

@@ -11,9 +11,10 @@ from lmcache_blend.types import Prompt
 
 
 def by_separator(tokens: Sequence[int] | Tensor, separator: Sequence[int], prefix: bool = False) -> Prompt:
-    """Spans between separators; a separator belongs to the span that it ends, and what follows the last one is computed.
+    """Spans that end with a separator each; what follows the last one is computed.
 
-    tokens, separator: token ids (the separator as it stands in `tokens`: a tokenizer may give it other ids inside text).
+    tokens, separator: token ids (the separator as it stands in `tokens`: a tokenizer may give it other ids inside
+    text).
     prefix: whether the first span is the shared instruction prefix. No separator found: no span, all is computed.
     Raises SegmentError for an empty separator.
     """

@@ -44,11 +44,13 @@ class Probe:
         signals.value_norm = torch.stack(self.norms).cpu()
 
 
-def run_probe(runner: ModelRunner, prompt: Prompt, kv: Any, question: Tensor, hidden: Tensor, signals: Signals) -> float:
+def run_probe(
+    runner: ModelRunner, prompt: Prompt, kv: Any, question: Tensor, hidden: Tensor, signals: Signals
+) -> float:
     """Run the question's rows over the reused KV and fill signals.attention and .value_norm; returns the FLOPs.
 
-    question: rows [Q], the last ones of the prompt. hidden: [T] bool, positions without KV. The forward ends at the last
-    layer's attention.
+    question: rows [Q], the last ones of the prompt. hidden: [T] bool, positions without KV. The forward ends at the
+    last layer's attention.
     """
     probe, last = Probe(runner.num_layers), runner.num_layers - 1
     plan = Plan([question], tap=probe, stop_at=last, hidden=hidden if bool(hidden.any()) else None)
@@ -58,7 +60,7 @@ def run_probe(runner: ModelRunner, prompt: Prompt, kv: Any, question: Tensor, hi
 
 
 class Deviation:
-    """Observer that measures reused KV against what is computed in its place: [L, T], NaN where nothing was compared."""
+    """Observer of reused KV against what is computed in its place: table [L, T], NaN where nothing was compared."""
 
     def __init__(self, layers: int, reused: Tensor):
         self.reused = reused
@@ -80,8 +82,8 @@ class Deviation:
 class Work:
     """One prompt on its way through a blended forward.
 
-    candidate: [T] bool, reused tokens that may be recomputed. uncached: [T] bool, tokens that must be computed. rows: those
-    that will be.
+    candidate: [T] bool, reused tokens that may be recomputed. uncached: [T] bool, tokens that must be computed. rows:
+    those that will be.
     """
 
     prompt: Prompt
@@ -101,8 +103,10 @@ class Work:
 
 
 def deviation_chooser(policy: RowPolicy, works: Sequence[Work], share: float, check_flops: float) -> Chooser:
-    """Chooser for a check layer: of the reused rows that are left, the highest by the policy's score go on, `share` of all
-    reused tokens, and every row that was never reused."""
+    """Chooser for a check layer: rows that were never reused go on, and the best of the reused ones that are left.
+
+    share: how many of these, as a fraction of all reused tokens. check_flops: cost of a row up to the check.
+    """
 
     def choose(layer: int, rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kept = []

@@ -18,7 +18,7 @@ class Stored(NamedTuple):
 
 
 class ChunkStore(Protocol):
-    """What the Blender asks of a store. A chunk that is missing, unreadable or evicted is None: a miss, never an error."""
+    """What the Blender asks of a store; a chunk that is missing, unreadable or evicted is None, never an error."""
 
     def get(self, key: bytes) -> Stored | None: ...
 

@@ -24,11 +24,11 @@ def load_runner(name: str, dtype: str = "auto", device: str = "cpu", **options: 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(f"model {name!r} cannot be loaded: {reason}") from error
-    return HFRunner.checked(model, tokenizer, name)
+    return HFRunner.checked(model.to(device), tokenizer, name)
 
 
 __all__ = ["HFRunner", "load_runner", "resolve_model"]

@@ -35,10 +35,11 @@ def rotation_tolerance(dtype: torch.dtype) -> float:
 
 
 def equal(error: dict[str, float], dtype: torch.dtype, largest_logit: float) -> bool:
-    """Whether logits agree. float32: the largest difference is at most 1e-4 (1e-5 of the largest logit, if that is more).
+    """Whether logits agree.
 
-    bfloat16, float16: the root mean square of the difference is at most 5 % of that of the logits; a largest difference says
-    little there, since rounding alone sends a token of a mixture of experts to another expert.
+    float32: the largest difference is at most 1e-4, or 1e-5 of the largest logit if that is more. bfloat16, float16: the
+    root mean square of the difference is at most 5 % of that of the logits; a largest difference says little there, since
+    rounding alone sends a token of a mixture of experts to another expert.
     """
     if dtype == torch.float32:
         return error["largest"] <= max(1e-4, 1e-5 * largest_logit)
@@ -53,7 +54,8 @@ def admit(runner: Any) -> Any:
         raise
     except Exception as error:  # whatever a foreign model's code raises when run this way is a refusal, not a crash
         raise UnsupportedModelError(
-            f"{runner.model_id} ({type(runner.model).__name__}) cannot run on chosen rows: {type(error).__name__}: {error}"
+            f"{runner.model_id} ({type(runner.model).__name__}) cannot run on chosen rows: "
+            f"{type(error).__name__}: {error}"
         ) from error
     runner.pool = _pool(runner, seen)
     kept = _kept(runner)
@@ -64,16 +66,17 @@ def admit(runner: Any) -> Any:
         if not equal(kept[gate], runner.dtype, kept["largest_logit"]):
             raise UnsupportedModelError(
                 f"{runner.model_id}: gate {gate!r} failed, logits differ from the model's own by "
-                f"{kept[gate]['largest']:.1e} (largest logit {kept['largest_logit']:.1f}), so blending it would serve wrong KV"
+                f"{kept[gate]['largest']:.1e} (largest logit {kept['largest_logit']:.1f}): blended KV would be wrong"
             )
-    runner.cost = CostModel(**{name: tuple(x) if isinstance(x, list) else x for name, x in kept["cost"].items()})
+    cost: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["cost"].items()}
+    runner.cost = CostModel(**cost)
     runner.gates = kept
     return runner
 
 
 @torch.inference_mode()
 def measure(runner: Any) -> dict[str, Any]:
-    """Difference of logits to the model's own forward, of all rows, of partial rows and of dropped rows; and the cost."""
+    """Differences of logits to the model's own: all rows, partial rows, dropped rows; and the cost model."""
     generator = torch.Generator().manual_seed(1)
     n = min(TOKENS, runner.max_tokens)
     ids = torch.randint(3, runner.config.vocab_size, (n,), generator=generator).to(runner.device)

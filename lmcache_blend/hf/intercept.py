@@ -10,6 +10,7 @@ No layer is re-implemented. The forward under way is a ContextVar, so outside HF
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -113,10 +114,8 @@ class Forward:
         if layer in self.checks:
             part, named = self._of_rows(args, kwargs)
             self.check = layer
-            try:
+            with suppress(Stop):  # raised by update(), once this layer's fresh K and V are known
                 module.forward(*part, **named)
-            except Stop:
-                pass
             self.check = None
             assert self.fresh is not None
             self.drop(layer, self.checks[layer](layer, self.rows, *self.fresh))
@@ -155,7 +154,9 @@ def take(x: Any, keep: Tensor, n: int) -> Any:
         return x.index_select(axis, keep[0])
     x = x.expand(len(keep), *x.shape[1:])
     index = keep.view(len(keep), *(keep.shape[1] if a == axis else 1 for a in range(1, x.dim())))
-    return x.gather(axis, index.expand(len(keep), *(keep.shape[1] if a == axis else x.shape[a] for a in range(1, x.dim()))))
+    return x.gather(
+        axis, index.expand(len(keep), *(keep.shape[1] if a == axis else x.shape[a] for a in range(1, x.dim())))
+    )
 
 
 class RowLayer(DynamicLayer):
@@ -221,7 +222,7 @@ def rows_attention(
         else:
             out = row_attention(q, k, v, attention_mask, forward.last, scaling)
         out = out.transpose(1, 2).contiguous()
-    if forward.tap is not None:
+    if forward.tap is not None and weights is not None:
         forward.tap(layer, weights[..., : k.shape[2]], v)
         if forward.stop_at == layer:
             raise Stop

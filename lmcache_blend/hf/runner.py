@@ -19,8 +19,8 @@ from lmcache_blend.rotary import RotaryTable
 class HFRunner:
     """Runs a transformers decoder's own forward on chosen rows.
 
-    model: any causal LM that passes the gates (hf/gates.py), in eval mode, float32, bfloat16 or float16. Outside `forward`
-    the model is as it was. One forward at a time: calls from several threads wait for each other.
+    model: any causal LM that passes the gates (hf/gates.py), in eval mode, float32, bfloat16 or float16. Outside
+    `forward` the model is as it was. One forward at a time: calls from several threads wait for each other.
 
     Use `load_runner` or `HFRunner.checked`, which run the gates; the bare constructor does not.
     """

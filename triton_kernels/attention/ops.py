@@ -18,8 +18,8 @@ def row_attention(
 ) -> Tensor:
     """Attention of N rows over T keys.
 
-    q [B, Hq, N, D], k [B, H, T, D], v [B, H, T, Dv]; mask [B or 1, 1, N, T], additive, exact by position; last: for each
-    of the N rows its position (the largest over the batch), ascending. Returns [B, Hq, N, Dv].
+    q [B, Hq, N, D], k [B, H, T, D], v [B, H, T, Dv]; mask [B or 1, 1, N, T], additive, exact by position; last: for
+    each of the N rows its position (the largest over the batch), ascending. Returns [B, Hq, N, Dv].
     """
     n, gqa = q.shape[2], q.shape[1] != k.shape[1]
     if n <= block:
@@ -50,8 +50,7 @@ def attention_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
     b, hq, n, d = q.shape
     h, t = k.shape[1], k.shape[2]
     group = hq // h
-    scale = d**-0.5 if scale is None else scale
-    folded = q.reshape(b, h, group * n, d) * scale
+    folded = q.reshape(b, h, group * n, d) * (d**-0.5 if scale is None else scale)
     scores = torch.matmul(folded, k.transpose(2, 3)).view(b, h, group, n, t)
     scores += mask[:, :, None]
     weights = torch.softmax(scores, -1, dtype=torch.float32)

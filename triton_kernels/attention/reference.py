@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def row_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """q [B, Hq, N, D], k [B, H, T, D], v [B, H, T, Dv], mask [B or 1, 1, N, T] additive -> [B, Hq, N, Dv], in float64."""
+    """Attention in float64: q [B, Hq, N, D], k [B, H, T, D], v [B, H, T, Dv], mask [B or 1, 1, N, T] additive."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
     scores = q.double() @ k.transpose(2, 3) * scale + mask.double()

@@ -1,0 +1,111 @@
+"""The tour, executed from top to bottom; what it shows is checked, not only that it runs."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "tour.ipynb"
+
+# A last cell, seen by this test only: the tour's own variables as JSON.
+REPORT = """
+import json, sys
+print("REPORT" + json.dumps({
+    "python": sys.executable,
+    "added": [added, added_after_shuffle],
+    "hits": blended.trace.hits,
+    "spans": shuffled.spans,
+    "tokens": len(wider),
+    "new_tokens": sum(end - start for start, end, kind in first.trace.hits if kind == "miss"),
+    "kinds": [[kind for _, _, kind in result.trace.hits] for result in (first, again)],
+    "compute_of_news": [result.trace.compute_fraction for result in (first, again)],
+    "methods": METHODS,
+    "compute": {method: row["compute"] for method, row in one.items()},
+    "deviation": [float(layer[~layer.isnan()].mean()) for layer in deviation],
+    "rows": rows_per_layer,
+    "reused_tokens": int((~deviation[0].isnan()).sum()),
+    "question_tokens": len(shuffled) - shuffled.spans[-1][1],
+    "kl": {method: row["kl"] for method, row in results.items()},
+    "summary": {method: point["compute"] for method, point in summary.items()},
+}))
+"""
+
+
+def source() -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def tour() -> SimpleNamespace:
+    """What the executed tour found, and how many pictures it drew."""
+    notebook = source()
+    notebook.cells.append(nbformat.v4.new_code_cell(REPORT))
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+    ).execute()
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    printed = "".join(out.text for out in outputs if out.output_type == "stream" and out.name == "stdout")
+    pictures = sum("image/png" in out.get("data", {}) for out in outputs)
+    return SimpleNamespace(**json.loads(printed.partition("REPORT")[2]), pictures=pictures)
+
+
+def test_it_is_committed_without_outputs():
+    code = [cell for cell in source().cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+
+
+def test_the_policy_is_written_in_under_30_lines():
+    (cell,) = [c.source for c in source().cells if "policies.register(" in c.source]
+    assert len(cell.splitlines()) < 30
+
+
+def test_it_ran_in_this_environment_and_drew(tour):
+    assert Path(tour.python) == Path(sys.executable)
+    assert tour.pictures == 3
+
+
+def test_reordered_passages_are_all_hits(tour):
+    assert tour.added == [len(tour.spans), 0]
+    assert [hit[:2] for hit in tour.hits] == tour.spans
+    assert [kind for _, _, kind in tour.hits] == ["exact"] + ["reused"] * (len(tour.spans) - 1)
+
+
+def test_a_new_passage_costs_only_itself_and_only_once(tour):
+    first, again = tour.kinds
+    assert [i for i, kind in enumerate(first) if kind == "miss"] == [4]
+    assert "miss" not in again
+    once, twice = tour.compute_of_news
+    assert once - twice == pytest.approx(tour.new_tokens / tour.tokens, rel=0.2)
+
+
+def test_true_compute_is_what_the_ratio_and_the_selection_cost(tour):
+    compute = tour.compute
+    assert list(compute) == tour.methods
+    assert compute["full_recompute"] == pytest.approx(1.0)
+    assert compute["full_reuse"] < 0.05 < compute["epic"] < 0.2 < compute["prefix_cache"] < 1.0
+    assert compute["epic"] == pytest.approx(compute["random"], rel=0.05)
+    for method in ("cacheblend", "query_attention", "attention_value_norm"):
+        assert compute["epic"] < compute[method] < 1.4 * compute["epic"]
+
+
+def test_the_trace_shows_where_the_error_is_and_who_computed_what(tour):
+    assert tour.deviation[0] < 1e-5, "layer 0 knows no context, so that moving a chunk leaves only rounding"
+    assert min(tour.deviation[2:]) > 0.05
+    kept = round(0.15 * tour.reused_tokens) + tour.question_tokens
+    assert set(tour.rows["epic"]) == set(tour.rows["query_attention"]) == {kept}
+    every = tour.reused_tokens + tour.question_tokens
+    assert tour.rows["cacheblend"] == [every] + [kept] * (len(tour.deviation) - 1)
+
+
+def test_the_new_policy_stands_beside_the_built_in_ones(tour):
+    assert "strong_heads" in tour.kl
+    assert len({len(values) for values in tour.kl.values()}) == 1
+    mean = {method: sum(values) / len(values) for method, values in tour.kl.items()}
+    assert mean["full_recompute"] == 0.0
+    assert mean["strong_heads"] < 0.5 * mean["random"] < mean["full_reuse"]
+    assert tour.summary["strong_heads"] == pytest.approx(tour.summary["query_attention"], rel=0.02)
+    assert tour.summary["strong_heads"] < 0.2
