@@ -37,9 +37,9 @@ def rotation_tolerance(dtype: torch.dtype) -> float:
 def equal(error: dict[str, float], dtype: torch.dtype, largest_logit: float) -> bool:
     """Whether logits agree.
 
-    float32: the largest difference is at most 1e-4, or 1e-5 of the largest logit if that is more. bfloat16, float16: the
-    root mean square of the difference is at most 5 % of that of the logits; a largest difference says little there, since
-    rounding alone sends a token of a mixture of experts to another expert.
+    float32: the largest difference is at most 1e-4, or 1e-5 of the largest logit if that is more. bfloat16, float16:
+    the root mean square of the difference is at most 5 % of that of the logits; a largest difference says little
+    there, since rounding alone sends a token of a mixture of experts to another expert.
     """
     if dtype == torch.float32:
         return error["largest"] <= max(1e-4, 1e-5 * largest_logit)
