@@ -64,7 +64,7 @@ class BlendConfig(Config):
     """What stands before a chunk while its KV is computed for the store: nothing, the BOS token, or the prompt's own
     shared instruction prefix (its first span)."""
     separator: str = " # # "
-    """Text between passages where segments are found by separator."""
+    """Text that ends a passage: put behind each of a list of passages, looked for in a prompt that is one string."""
     store_misses: bool = True
     """Whether the KV of passages met for the first time is stored after the first token."""
     salt: str = ""

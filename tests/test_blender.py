@@ -363,6 +363,9 @@ def test_text_api(smollm2):
     again = blender.prefill(passages[::-1], "Question: Where was Bo Ruiz born?\nAnswer: Bo Ruiz was born in", prefix)
     assert {kind for *_, kind in first.trace.hits} == {"miss"}
     assert "miss" not in {kind for *_, kind in again.trace.hits}
+    one_string = " # # ".join([*passages, "Question: Who repairs clocks?"])
+    hits = blender.prefill(one_string, "\nAnswer:", prefix).trace.hits
+    assert hits == [(a, b, "exact") for a, b, _ in first.trace.hits]
     exact = Blender(smollm2, BlendConfig(policy="epic", recompute_ratio=1.0), blender.chunks)
     full = Blender(smollm2, BlendConfig(policy="full_recompute"))
     question = "Question: Where was Bo Ruiz born?\nAnswer: Bo Ruiz was born in"

@@ -48,22 +48,26 @@ class Blender:
         self.policy = get_policy(self.config.policy, self.config.options)
 
     # ------------------------------------------------------------------ text
-    def prompt(self, passages: Prompt | Sequence[str], question: str = "", prefix: str = "") -> Prompt:
-        """Passages of text -> a Prompt with one span each (and one for the prefix); a Prompt stays as it is."""
+    def prompt(self, passages: Prompt | Sequence[str] | str, question: str = "", prefix: str = "") -> Prompt:
+        """Text -> a Prompt with one span a passage (and one for the prefix); a Prompt stays as it is.
+
+        passages: a list, or one string cut at config.separator, whose last piece stands before the question.
+        """
         if isinstance(passages, Prompt):
             return passages
         if isinstance(passages, str):
-            raise ConfigError("passages is one string; pass a list of passages")
+            *passages, last = passages.split(self.config.separator)
+            question = last + question
         return by_passages(self.runner.tokenizer, passages, question, prefix, self.config.separator)
 
     def generate(
-        self, passages: Prompt | Sequence[str], question: str = "", max_new_tokens: int = 64, prefix: str = ""
+        self, passages: Prompt | Sequence[str] | str, question: str = "", max_new_tokens: int = 64, prefix: str = ""
     ) -> str:
         """The greedy answer to a question about passages; what was not stored is computed and stored for next time."""
         return self.runner.tokenizer.decode(self.prefill(passages, question, prefix).generate(max_new_tokens))
 
     # ------------------------------------------------------------------ storing
-    def store(self, passages: Prompt | Sequence[str], question: str = "", prefix: str = "") -> int:
+    def store(self, passages: Prompt | Sequence[str] | str, question: str = "", prefix: str = "") -> int:
         """Compute and store the KV of every span that is not stored yet; returns how many were computed."""
         prompt = self.prompt(passages, question, prefix)
         added = 0
@@ -116,7 +120,7 @@ class Blender:
     # ------------------------------------------------------------------ prefill
     def prefill(
         self,
-        passages: Prompt | Sequence[str],
+        passages: Prompt | Sequence[str] | str,
         question: str = "",
         prefix: str = "",
         *,
@@ -125,7 +129,7 @@ class Blender:
     ) -> Prefill:
         """Blend one prompt up to its first token.
 
-        passages: a Prompt, or passages of text followed by a question. policy, recompute_ratio: for this call only.
+        passages, question, prefix: as in `prompt`. policy, recompute_ratio: for this call only.
         Raises UnknownNameError, ConfigError, SegmentError, ContextLengthError.
         """
         prompt = self.prompt(passages, question, prefix)

@@ -1,0 +1,14 @@
+"""Examples in docstrings run and print what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import lmcache_blend
+
+
+def test_examples():
+    names = [m.name for m in pkgutil.walk_packages(lmcache_blend.__path__, "lmcache_blend.")]
+    results = [doctest.testmod(importlib.import_module(name)) for name in names]
+    assert sum(r.failed for r in results) == 0
+    assert sum(r.attempted for r in results) > 10
