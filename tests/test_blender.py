@@ -94,7 +94,7 @@ def test_encode_modes(tiny, encode):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llama-default", "gemma2-softcap", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama-default", "gemma2-default", "deepseek_v3-default"])
 def test_every_policy(name, method):
     runner = HFRunner.checked(build(name))
     blender = Blender(runner, BlendConfig(policy=method, recompute_ratio=0.25, store_misses=False))
@@ -177,7 +177,7 @@ def test_gradual_drops_rows_several_times():
 
 
 @pytest.mark.parametrize("method", ["epic", "cacheblend", "attention_value_norm", "full_recompute"])
-@pytest.mark.parametrize("name", ["llama-default", "gemma3", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama-default", "gemma3-two-thetas", "deepseek_v3-default"])
 def test_batches_equal_single_prompts(name, method):
     runner = HFRunner.checked(build(name))
     blender = Blender(runner, BlendConfig(policy=method, recompute_ratio=0.3, store_misses=False))

@@ -2,47 +2,36 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, VOCAB, build
-from transformers import AttentionMaskInterface, AutoModelForCausalLM, GPT2Config
+from architectures import ARCHITECTURES, VOCAB, build, measure, tokens, wrong_mask
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from lmcache_blend.blend import Blender, Plan
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.errors import UnsupportedModelError
 from lmcache_blend.hf import HFRunner, gates, intercept
-from lmcache_blend.hf.learn import relative_error
 from lmcache_blend.types import Prompt
-
-
-def tokens(n: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name):
-    model = build(name)
-    runner = HFRunner.checked(model)
-    for gate in ("full", "partial", "dropped"):
-        assert runner.gates[gate]["largest"] <= 1e-4, gate
-
-    # Three chunks, encoded alone and moved: ratio 1.0 is a full prefill, and layer 0 keys need no recompute at all.
-    ids = tokens(96)
-    prompt = Prompt(ids, ((0, 30), (30, 60), (60, 90)))
-    blender = Blender(runner, BlendConfig(policy="epic", recompute_ratio=1.0))
-    assert blender.store(prompt) == 3
-    with torch.inference_mode():
-        reference = model(input_ids=ids[None]).logits[0, -1]
-    assert (blender.prefill(prompt).logits - reference).abs().max() <= 1e-4
-
-    reused = blender.prefill(prompt, policy="full_reuse")
-    exact = blender.prefill(prompt, policy="full_recompute")
-    every = torch.arange(96)
-    for moved, true in zip(reused.kv.read(0, every), exact.kv.read(0, every), strict=True):
-        assert relative_error(moved, true) <= 1e-5
-    assert (reused.logits - reference).abs().max() > 1e-3, "reuse cannot be exact: the test would not see an error"
+    found = measure(name)
+    for check in ("full", "partial", "dropped", "ratio_one"):
+        assert found[check] <= 1e-4, check
+    assert found["layer_0"] <= 1e-5
+    for wrong in ("reuse", "wrong_mask", "wrong_positions"):
+        assert found[wrong] > 1e-3, f"{wrong} must show, or the checks above see nothing"
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-llama3", "mixtral", "qwen3_moe-default", "gemma3", "gpt_oss-yarn", "deepseek_v3"]
+    "name",
+    [
+        "llama-llama3",
+        "mixtral-default",
+        "qwen3_moe-default",
+        "gemma3-two-thetas",
+        "gpt_oss-yarn",
+        "deepseek_v3-default",
+    ],
 )
 def test_bfloat16(name):
     runner = HFRunner.checked(build(name, torch.bfloat16))
@@ -55,48 +44,10 @@ def test_bfloat16(name):
     assert len(result.generate(4, stop_ids=())) == 4
 
 
-def bottom_right(batch_size, q_length, kv_length, mask_function, dtype=torch.float32, **kwargs):
-    """The mask of other implementations: the gathered rows taken for the last ones of the prompt."""
-    forward = intercept.CURRENT.get()
-    rows = torch.arange(kv_length - q_length, kv_length)[None]
-    return forward.mask(rows, mask_function, dtype)
-
-
-NEGATIVE = ["llama-default", "mistral-default", "gemma3", "qwen3_moe-default", "deepseek_v3"]
-
-
-@pytest.mark.parametrize("name", NEGATIVE)
-def test_a_bottom_right_mask_fails_the_gates(name, monkeypatch):
-    runner = HFRunner.checked(build(name))
-    AttentionMaskInterface.register(intercept.NAME, bottom_right)
-    try:
-        outcome = gates.measure(runner)
-    finally:
-        AttentionMaskInterface.register(intercept.NAME, intercept.row_mask)
-    assert outcome["partial"]["largest"] > 1e-2
-    assert not gates.equal(outcome["partial"], torch.float32, outcome["largest_logit"])
-
-
-@pytest.mark.parametrize("name", NEGATIVE)
-def test_positions_off_by_one_fail_the_gates(name, monkeypatch):
-    runner = HFRunner.checked(build(name))
-    run = runner._run
-    # Off by one for chosen rows only, the way a blend that forgets its offset is: a shift of all rows changes nothing.
-    shifted = lambda f, ids, at, n: run(f, ids, at if at.shape[1] == f.length else at + 1, n)  # noqa: E731
-    monkeypatch.setattr(runner, "_run", shifted)
-    outcome = gates.measure(runner)
-    assert outcome["partial"]["largest"] > 1e-3
-    assert not gates.equal(outcome["partial"], torch.float32, outcome["largest_logit"])
-
-
 def test_a_failing_gate_refuses_the_model_with_the_reason(monkeypatch):
     monkeypatch.setattr(gates, "REVISION", -1)  # an outcome kept by another test does not count
-    AttentionMaskInterface.register(intercept.NAME, bottom_right)
-    try:
-        with pytest.raises(UnsupportedModelError, match="gate 'partial' failed"):
-            HFRunner.checked(build("llama-default"))
-    finally:
-        AttentionMaskInterface.register(intercept.NAME, intercept.row_mask)
+    with wrong_mask(), pytest.raises(UnsupportedModelError, match="gate 'partial' failed"):
+        HFRunner.checked(build("llama-default"))
 
 
 def test_a_model_without_rotary_tables_is_refused():

@@ -90,11 +90,11 @@ def test_placing_in_other_types_and_without_rotation():
     [
         ("llama-default", RotarySlice(0, 0, 16, "half", "half", 0)),
         ("phi-default", RotarySlice(0, 0, 8, "half", "half", 0)),  # partial rotary
-        ("glm4", RotarySlice(0, 0, 8, "interleaved", "half", 0)),
+        ("glm4-default", RotarySlice(0, 0, 8, "interleaved", "half", 0)),
         ("cohere-default", RotarySlice(0, 0, 16, "interleaved", "stride", 0)),
         ("gpt_oss-yarn", RotarySlice(0, 0, 16, "half", "all", 0)),
-        ("deepseek_v2", RotarySlice(1, 0, 8, "interleaved", "all", 0)),  # MLA: the rope key beside the latent
-        ("deepseek_v3", RotarySlice(1, 0, 8, "half", "half", 0)),
+        ("deepseek_v2-default", RotarySlice(1, 0, 8, "interleaved", "all", 0)),  # MLA: the rope key beside the latent
+        ("deepseek_v3-default", RotarySlice(1, 0, 8, "half", "half", 0)),
     ],
 )
 def test_what_is_read_off_a_model(name, piece):
@@ -102,8 +102,8 @@ def test_what_is_read_off_a_model(name, piece):
 
 
 def test_layers_without_rope_and_with_two_thetas():
-    assert HFRunner.checked(build("smollm3")).rotary.layers[1::2] == (None, None)
-    table = HFRunner.checked(build("gemma3")).rotary
+    assert HFRunner.checked(build("smollm3-default")).rotary.layers[1::2] == (None, None)
+    table = HFRunner.checked(build("gemma3-two-thetas")).rotary
     local, whole = (table.at(torch.arange(9)).turns[i] for i in (0, 1))
     assert table.layers[0] == table.layers[2] != table.layers[1]
     assert not torch.allclose(local.cos, whole.cos)
