@@ -137,11 +137,12 @@ def tokens(n: int, seed: int = 1) -> torch.Tensor:
 
 
 def measure(name: str) -> dict[str, float]:
-    """Everything that must be exact for an architecture, float32: largest |logit difference| to the model's own forward.
+    """What must be exact for an architecture in float32, as largest |logit difference| to the model's own forward.
 
     full, partial, dropped: the gates. ratio_one: three chunks encoded alone, moved and all recomputed. reuse: the
     same, none recomputed (far from 0, or the check would see nothing). layer_0: relative error of the moved keys and
-    values of layer 0. wrong_mask, wrong_positions: the partial gate with a bottom-right mask, and with rows one position off.
+    values of layer 0. wrong_mask, wrong_positions: the partial gate with a bottom-right mask, and with rows one
+    position off.
     """
     model = build(name)
     runner = HFRunner.checked(model)

@@ -183,25 +183,6 @@ class AttentionValueNorm(RowPolicy):
         return (signals.attention * signals.value_norm).mean((0, 1))
 
 
-@policies.register("head_vote")
-@dataclass(frozen=True)
-class HeadVote(RowPolicy):
-    """Ours: attention_value_norm with each head's scores divided by their sum over the reused tokens.
-
-    A head that spends its attention on the prefix or on the question itself says little in the plain mean, however
-    sharply it tells the reused tokens apart; here every head of every layer has one vote.
-    """
-
-    max_queries: int = 64
-    needs = frozenset({"query_probe"})
-
-    def score(self, signals: Signals) -> Tensor:
-        assert signals.attention is not None
-        assert signals.value_norm is not None
-        votes = signals.attention * signals.value_norm * signals.candidate
-        return (votes / votes.sum(-1, keepdim=True).clamp_min(1e-12)).mean((0, 1))
-
-
 @policies.register("oracle")
 @dataclass(frozen=True)
 class Oracle(RowPolicy):
