@@ -11,6 +11,7 @@ from lmcache_blend.blend import Plan, by_separator, policies
 from lmcache_blend.codecs import get_codec
 from lmcache_blend.errors import ConfigError, ContextLengthError, SegmentError, UnknownNameError
 from lmcache_blend.hf import HFRunner
+from lmcache_blend.hf.dense import KVPool
 
 LENGTHS = (20, 31, 14, 25)
 METHODS = ("full_recompute", "prefix_cache", "full_reuse", "random", "epic", "cacheblend", "query_attention",
@@ -241,6 +242,15 @@ def test_results_do_not_share_buffers(tiny):
     for _ in range(3):
         blender.prefill(b)
     assert first.generate(8, stop_ids=()) == want
+
+
+def test_the_buffers_used_last_are_kept():
+    pool = KVPool(((1, 2, 1, 2),), torch.float32, torch.device("cpu"), keep=2)
+    for tokens in (256, 512, 768):
+        pool.give(*pool.take(tokens))
+    assert [capacity for capacity, _ in pool._free] == [512, 768]
+    assert pool.take(700)[0] == 768
+    assert [capacity for capacity, _ in pool._free] == [512]
 
 
 def test_salts_separate_tenants(tiny):

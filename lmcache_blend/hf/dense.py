@@ -5,7 +5,6 @@ pool when the DenseKV that holds them is dropped, and `read` hands out copies, n
 """
 
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,18 +14,19 @@ Shapes = tuple[tuple[int, int, int, int], ...]  # per layer: (heads, dim) of the
 
 
 class KVPool:
-    """Free buffers by capacity. shapes: per layer (H, Dk, H', Dv); at most `keep` unused buffers stay."""
+    """Free buffers by capacity. shapes: per layer (H, Dk, H', Dv); of the unused buffers the latest `keep` stay."""
 
     STEP = 256  # capacities are rounded up to this many tokens, so that prompts of similar length share buffers
 
-    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device, keep: int = 2):
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: torch.device, keep: int = 3):
         self.shapes, self.dtype, self.device, self.keep = shapes, dtype, device, keep
-        self._free: dict[int, list[list[tuple[Tensor, Tensor]]]] = defaultdict(list)
+        self._free: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []  # oldest first
 
     def take(self, tokens: int) -> tuple[int, list[tuple[Tensor, Tensor]]]:
         capacity = -(-tokens // self.STEP) * self.STEP
-        if self._free[capacity]:
-            return capacity, self._free[capacity].pop()
+        for i in reversed(range(len(self._free))):
+            if self._free[i][0] == capacity:
+                return self._free.pop(i)
         new = {"dtype": self.dtype, "device": self.device}
         # Zeros, not empty: a masked key must be a finite number, since 0 times NaN is NaN.
         return capacity, [
@@ -34,8 +34,9 @@ class KVPool:
         ]
 
     def give(self, capacity: int, buffer: list[tuple[Tensor, Tensor]]) -> None:
-        if sum(map(len, self._free.values())) < self.keep:
-            self._free[capacity].append(buffer)
+        # The short buffers that chunks were encoded in must not crowd out the long one of the prompt.
+        self._free.append((capacity, buffer))
+        del self._free[: -self.keep]
 
 
 class DenseKV:
