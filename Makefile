@@ -14,7 +14,7 @@ TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 .PHONY: help demo test bench gates lint setup clean
 
 help:
-	@echo "make demo   blend cached passages on a real model and compare the methods (about 10 minutes on 2 cores)"
+	@echo "make demo   blend cached passages on a real model and compare the methods (5 minutes on 2 cores)"
 	@echo "make test   run the tests"
 	@echo "make bench  TTFT of every method against transformers' own prefill; DATA=FILE.jsonl for your prompts"
 	@echo "make gates  what the correctness gates measure for every architecture"
