@@ -3,7 +3,6 @@ own.
 """
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -12,7 +11,6 @@ import torch
 from architectures import build
 
 torch.set_num_threads(1)
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,12 +40,3 @@ def smollm2():
     from lmcache_blend.hf import load_runner
 
     return load_runner("smollm2-135m", dtype="float32")
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Folder of real evaluation data, where the machine has it."""
-    folder = SHARED / "data"
-    if not folder.is_dir():
-        pytest.skip("real evaluation data is not on this machine")
-    return folder

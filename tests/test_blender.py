@@ -94,6 +94,20 @@ def test_encode_modes(tiny, encode):
     assert other.store(prompt) == (0 if encode == "alone" else 4), "chunks of another encoding are not mixed up"
 
 
+def test_a_stale_chunk_is_no_prefix_to_encode_behind(tiny):
+    """The prefix's text was first met in the middle of another prompt: its KV there is not the prefix's own."""
+    blender = Blender(tiny, BlendConfig(policy="full_reuse", encode="prefix"))
+    blender.prefill(Prompt.join([PARTS[0], PREFIX], QUESTION))
+    prompt = Prompt.join([PARTS[1]], QUESTION, PREFIX)
+    blender.store(prompt)
+    clean = Blender(tiny, BlendConfig(policy="full_reuse", encode="prefix"))
+    clean.store(prompt)
+    got, want = (b.chunks.get(b._key(prompt, 1)).chunk for b in (blender, clean))
+    for a, b in zip(got.layers, want.layers, strict=True):
+        assert close(a[0], b[0])
+        assert close(a[1], b[1])
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["llama-default", "gemma2-default", "deepseek_v3-default"])
 def test_every_policy(name, method):

@@ -14,7 +14,7 @@ from lmcache_blend.blend.runner import ModelRunner, Plan
 from lmcache_blend.blend.segments import by_passages
 from lmcache_blend.blend.select import Deviation, Work, base_signals, deviation_chooser, run_probe, top
 from lmcache_blend.config import BlendConfig
-from lmcache_blend.engine import ChunkStore, MemoryStore, chunk_key, context_digest
+from lmcache_blend.engine import ChunkStore, MemoryStore, Stored, chunk_key, context_digest
 from lmcache_blend.errors import ConfigError
 from lmcache_blend.rotary import Angles
 from lmcache_blend.triton_kernels.place import place
@@ -98,9 +98,9 @@ class Blender:
         kv = self.runner.new_kv(len(ids))
         start, rows = len(behind), torch.arange(len(ids))
         angles = self.runner.rotary.at(rows)
-        if start and (stored := self.chunks.get(self._prefix_key(behind))) is not None:
-            whole = _Hit(0, start, stored.chunk, True)
-            kv.fill_with(self._loader([whole], angles, {}))
+        found = self._find(self._prefix_key(behind), behind, behind[:0], angles) if start else None
+        if found is not None and found[1]:
+            kv.fill_with(self._loader([_Hit(0, start, found[0].chunk, True)], angles, {}))
             rows = rows[start:]
         self.runner.forward([ids], [kv], Plan([rows]))
         return self._chunk(ids, kv, start, len(ids), angles, exact=True)
@@ -177,12 +177,14 @@ class Blender:
             angles = self.runner.rotary.at(torch.arange(len(prompt)))
             hits, kinds, loaded = [], [], 0
             for i, (start, end) in enumerate(prompt.spans):
-                stored = None if policy.reuse == "none" else self.chunks.get(self._key(prompt, i))
-                if stored is None or not self._fits(stored.chunk, prompt.tokens[start:end]):
+                tokens = prompt.tokens
+                found = None
+                if policy.reuse != "none":
+                    found = self._find(self._key(prompt, i), tokens[start:end], tokens[:start], angles)
+                if found is None:
                     kinds.append((start, end, "miss"))
                     continue
-                digest = context_digest(prompt.tokens[:start], angles.regime())
-                exact = stored.chunk.exact_after == digest
+                stored, exact = found
                 leading = exact and sum(h.end - h.start for h in hits) == start and all(h.exact for h in hits)
                 if policy.reuse == "prefix" and not leading:
                     kinds.append((start, end, "miss"))
@@ -212,10 +214,18 @@ class Blender:
         rows = uncached.nonzero().flatten()
         return Work(prompt, kv, trace, angles, candidate, uncached, rows, signals, deviation)
 
-    def _fits(self, chunk: KVChunk, tokens: Tensor) -> bool:
-        """Whether a stored chunk is what its key promises: a store is not trusted to return the right one."""
-        shapes = tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2]) for k, v in chunk.layers)
-        return torch.equal(chunk.tokens, tokens) and shapes == self.runner.kv_shapes
+    def _find(self, key: bytes, tokens: Tensor, before: Tensor, angles: Angles) -> tuple[Stored, bool] | None:
+        """The stored chunk of `tokens`, and whether its KV is exact behind the tokens `before`.
+
+        A store is not trusted to return the right chunk: one of other tokens or shapes is a miss.
+        """
+        stored = self.chunks.get(key)
+        if stored is None:
+            return None
+        shapes = tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2]) for k, v in stored.chunk.layers)
+        if not torch.equal(stored.chunk.tokens, tokens) or shapes != self.runner.kv_shapes:
+            return None
+        return stored, stored.chunk.exact_after == context_digest(before, angles.regime())
 
     def _loader(self, hits: list[_Hit], angles: Angles, times: dict[str, float]):
         parts = [angles[h.start : h.end] for h in hits]
