@@ -1,0 +1,239 @@
+"""PipelineCodec: what every codec made of stages shares, and `pipeline`, which takes its stages from its JSON config."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+
+from lmcache_blend.codecs.base import codecs
+from lmcache_blend.codecs.container import DTYPES, Container, Header, Shape, join, pack, split
+from lmcache_blend.codecs.stages import NotCodable, Plane, Stage, stages
+from lmcache_blend.config import Config
+from lmcache_blend.errors import ConfigError, CorruptChunkError, LMCacheBlendError
+from lmcache_blend.types import KVChunk
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CODED, PLAIN = b"\0", b"\1"
+
+
+class PipelineCodec(Config):
+    """Codes a chunk plane by plane: each group of layers is one segment, each plane of it goes through a list of stages.
+
+    A plane that holds NaN, infinities or numbers outside a codec's range is kept as it is, bit for bit; so is one
+    without elements. Segments are coded in parallel on torch's number of threads.
+    """
+
+    keys: ClassVar[Literal["pre_rope", "post_rope"]] = "pre_rope"
+    """What the codec's source compresses; `codec bench` measures it that way."""
+
+    @abstractmethod
+    def stages(self, plane: Plane) -> Sequence[Stage]:
+        """The stages of one plane, in encoding order; the last one gives bytes."""
+
+    def layers_per_segment(self, num_layers: int) -> int:
+        """How many layers one segment holds."""
+        return 1
+
+    def slots(self) -> tuple[str, ...]:
+        """Planes of a segment: K and V apart, or both as one."""
+        return ("k", "v")
+
+    def profile_for(self, shapes: tuple[Shape, ...]) -> Any:
+        """What was fitted to the model, None without; raises ConfigError where it does not fit the shapes."""
+        return None
+
+    @property
+    def profile_digest(self) -> str | None:
+        return None
+
+    def get_config(self) -> dict[str, Any]:
+        return {"id": codec_id(type(self)), **self.model_dump(mode="json")}
+
+    def encode(self, chunk: KVChunk) -> bytes:
+        """Raises ConfigError where the chunk's shapes or types are none that this codec takes."""
+        shapes = tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2]) for k, v in chunk.layers)
+        for i, pair in enumerate(chunk.layers):
+            for x in pair:
+                if x.dtype not in NAMES:
+                    raise ConfigError(f"layer {i} is {x.dtype}; codecs take {', '.join(DTYPES)}")
+        size = max(1, self.layers_per_segment(len(shapes)))
+        groups = tuple(min(size, len(shapes) - i) for i in range(0, len(shapes), size))
+        config = {k: v for k, v in self.get_config().items() if k != "profile"}
+        dtypes = tuple((NAMES[k.dtype], NAMES[v.dtype]) for k, v in chunk.layers)
+        header = Header(config, len(chunk), shapes, dtypes, groups, chunk.exact_after, self.profile_digest)
+        planes = self._planes(header, chunk.tokens.cpu().numpy())
+        layers = chunk.layers
+
+        def segment(group: list[Plane]) -> bytes:
+            return join([self._encode_plane(plane, layers) for plane in group])
+
+        return pack(header, chunk.tokens, _parallel(segment, planes))
+
+    def decode(self, data: bytes) -> KVChunk:
+        container = Container(data)
+        tokens = container.tokens()
+        codec, header = self._of(container.header), container.header
+        ids = tokens.numpy()
+
+        def segment(item: tuple[int, list[Plane]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            index, group = item
+            parts = split(container.segment(1 + index), len(group))
+            found: dict[tuple[int, int], torch.Tensor] = {}
+            for part, plane in zip(parts, group, strict=True):
+                codec._decode_plane(part, plane, header, found)
+            first = group[0].first
+            return [(found[i, 0], found[i, 1]) for i in range(first, first + len(group[0].shapes))]
+
+        try:
+            planes = codec._planes(header, ids)
+            layers = [pair for part in _parallel(segment, list(enumerate(planes))) for pair in part]
+        except ConfigError as error:
+            raise CorruptChunkError(f"the chunk's header asks for what this codec is not: {error}") from None
+        return KVChunk(tokens, tuple(layers), header.exact_after)
+
+    def decode_layers(self, data: bytes, group: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The layers of one segment alone: (k [H, T, Dk], v [H, T, Dv]) each. Raises CorruptChunkError."""
+        container = Container(data)
+        codec, header = self._of(container.header), container.header
+        if not 0 <= group < len(header.groups):
+            raise ConfigError(f"group {group} of {len(header.groups)} does not exist")
+        planes = codec._planes(header, container.tokens().numpy())[group]
+        found: dict[tuple[int, int], torch.Tensor] = {}
+        for part, plane in zip(split(container.segment(1 + group), len(planes)), planes, strict=True):
+            codec._decode_plane(part, plane, header, found)
+        first = planes[0].first
+        return [(found[i, 0], found[i, 1]) for i in range(first, first + len(planes[0].shapes))]
+
+    def _of(self, header: Header) -> Self:
+        """This codec with the settings that the chunk was coded with; its profile is never taken from the chunk."""
+        if header.codec["id"] != codec_id(type(self)):
+            raise CorruptChunkError(f"the chunk is coded with {header.codec['id']!r}, not {codec_id(type(self))!r}")
+        mine = {"profile": getattr(self, "profile")} if "profile" in type(self).model_fields else {}
+        try:
+            codec = _configured(type(self), json.dumps({**header.codec, **mine}))
+            digest = codec.profile_digest
+        except LMCacheBlendError as error:
+            raise CorruptChunkError(f"the chunk's codec config is malformed: {error}") from None
+        if digest != header.profile:
+            raise CorruptChunkError(
+                f"the chunk was coded with profile {str(header.profile)[:12]}, this codec has {str(digest)[:12]}"
+            )
+        return codec
+
+    def _planes(self, header: Header, ids: np.ndarray) -> list[list[Plane]]:
+        profile, out, first = self.profile_for(header.shapes), [], 0
+        for size in header.groups:
+            shapes = header.shapes[first : first + size]
+            out.append(
+                [Plane(slot, first, shapes, len(header.shapes), header.tokens, ids, profile) for slot in self.slots()]
+            )
+            first += size
+        return out
+
+    def _encode_plane(self, plane: Plane, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bytes:
+        parts = [layers[i][slot] for i, slot in members(plane)]
+        if plane.channels * plane.tokens:
+            try:
+                x, sides = stack(parts), []
+                if not np.isfinite(x).all():
+                    raise NotCodable
+                for stage in self.stages(plane):
+                    x, side = stage.encode(x, plane)
+                    sides.append(side)
+                return CODED + join(sides)
+            except NotCodable:
+                pass
+        return PLAIN + b"".join(_raw_bytes(p) for p in parts)
+
+    def _decode_plane(
+        self, data: memoryview, plane: Plane, header: Header, found: dict[tuple[int, int], torch.Tensor]
+    ) -> None:
+        kind, body = bytes(data[:1]), data[1:]
+        if kind == PLAIN:
+            for i, slot in members(plane):
+                h, d = header.shapes[i][2 * slot : 2 * slot + 2]
+                dtype = DTYPES[header.dtypes[i][slot]]
+                size = h * d * header.tokens * dtype.itemsize
+                if size > len(body):
+                    raise CorruptChunkError(f"a plain plane of layer {i} is shorter than its {size} bytes")
+                raw = torch.frombuffer(bytearray(body[:size]), dtype=dtype) if size else torch.empty(0, dtype=dtype)
+                found[i, slot] = raw.reshape(h, header.tokens, d)
+                body = body[size:]
+            if len(body):
+                raise CorruptChunkError(f"{len(body)} bytes are left behind a plain plane")
+            return
+        if kind != CODED:
+            raise CorruptChunkError(f"a plane starts with {kind!r}, neither coded nor plain")
+        steps = self.stages(plane)
+        x: np.ndarray = np.zeros((0, 0), np.int16)
+        for stage, side in zip(reversed(steps), reversed(split(body, len(steps))), strict=True):
+            x = stage.decode(x, side, plane)
+        if x.shape != (plane.channels, plane.tokens):
+            raise CorruptChunkError(f"a plane of {list(x.shape)} is not {plane.channels} x {plane.tokens}")
+        rows, at = torch.from_numpy(np.ascontiguousarray(x.T, np.float32)), 0
+        for i, slot in members(plane):
+            h, d = header.shapes[i][2 * slot : 2 * slot + 2]
+            part = rows[:, at : at + h * d].unflatten(1, (h, d)).transpose(0, 1)
+            found[i, slot] = part.to(DTYPES[header.dtypes[i][slot]])
+            at += h * d
+
+
+@codecs.register("pipeline")
+class Pipeline(PipelineCodec):
+    """Any stages, from JSON: {"id": "pipeline", "k": [{"id": "mean"}, ...], "v": [...]}; without v, as k."""
+
+    k: tuple[dict[str, Any], ...]
+    """Stages of the keys, in encoding order."""
+    v: tuple[dict[str, Any], ...] | None = None
+    """Stages of the values; null takes those of the keys."""
+
+    def stages(self, plane: Plane) -> Sequence[Stage]:
+        chosen = self.v if plane.slot == "v" and self.v is not None else self.k
+        return tuple(make_stage(item) for item in chosen)
+
+
+def make_stage(config: dict[str, Any]) -> Stage:
+    """A stage from its JSON config. Raises UnknownNameError, ConfigError."""
+    if not isinstance(config.get("id"), str):
+        raise ConfigError(f'stage {config!r} has no "id"; known ids: {", ".join(stages)}')
+    return stages.get(config["id"])(**{k: v for k, v in config.items() if k != "id"})
+
+
+def codec_id(cls: type) -> str:
+    """The name that a codec class is registered under."""
+    return next(name for name in codecs if codecs.get(name) is cls)
+
+
+def members(plane: Plane) -> list[tuple[int, int]]:
+    """(layer, slot) of the tensors in a plane, in the order of its rows."""
+    slots = {"k": (0,), "v": (1,), "kv": (0, 1)}[plane.slot]
+    return [(plane.first + i, slot) for i in range(len(plane.shapes)) for slot in slots]
+
+
+def stack(parts: Sequence[torch.Tensor]) -> np.ndarray:
+    """[H, T, D] tensors -> one float32 matrix [C, T]."""
+    flat = [p.detach().to("cpu", torch.float32).transpose(1, 2).flatten(0, 1) for p in parts]
+    return (torch.cat(flat) if len(flat) > 1 else flat[0]).contiguous().numpy()
+
+
+def _raw_bytes(x: torch.Tensor) -> bytes:
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+@lru_cache(maxsize=64)
+def _configured(cls: type[Any], config: str) -> Any:
+    return cls(**{k: v for k, v in json.loads(config).items() if k != "id"})
+
+
+def _parallel(work: Any, items: list[Any]) -> list[Any]:
+    threads = min(torch.get_num_threads(), len(items))
+    if threads <= 1:
+        return [work(item) for item in items]
+    # Each worker keeps to one thread inside torch, or the two levels of threads fight over the cores.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(work, items))

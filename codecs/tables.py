@@ -1,0 +1,167 @@
+"""Frequency tables for rANS: a bank of shared ones, or one exact table per row.
+
+A table holds at most 255 symbols, each a tuple of `width` neighbouring values, and the escape. Integer frequencies sum to
+2^bits. A bank is a handful of tables, ordered from peaked to flat; a row of symbols is coded with the one that makes it
+shortest, and a byte names it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+ESCAPE, MAP_SIZE, REACH = 255, 1024, 127
+BANK_SIZE = 96
+
+
+@dataclass(frozen=True)
+class Tables:
+    """n tables. bits: of the frequencies. width: [n] uint8, values a symbol stands for: 1, 2 or 4.
+
+    freq: [n, 256] uint16. values: [n, 256, 4] int16, what a symbol stands for. reach: [n] int16, largest |value| of a
+    table. cost: [n, 255] float32, bits of a single value from -127 to 127, by which encoders choose.
+    """
+
+    bits: int
+    width: np.ndarray
+    freq: np.ndarray
+    values: np.ndarray
+    reach: np.ndarray
+    cost: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.width)
+
+    @cached_property
+    def cum(self) -> np.ndarray:
+        """[n, 256] uint16: sum of the frequencies before each symbol."""
+        return (np.cumsum(self.freq, 1, dtype=np.int64) - self.freq).astype(np.uint16)
+
+    @cached_property
+    def lut(self) -> np.ndarray:
+        """[n, 2^bits] uint32 by slot: frequency - 1 (12 bits), slot - cum (12), symbol (8)."""
+        out = np.empty((len(self), 1 << self.bits), np.uint32)
+        for i, freq in enumerate(self.freq):
+            symbol = np.repeat(np.arange(256), freq)
+            bias = np.arange(1 << self.bits) - self.cum[i][symbol]
+            out[i] = (
+                ((freq[symbol].astype(np.uint32) - 1) << 20) | (bias.astype(np.uint32) << 8) | symbol.astype(np.uint32)
+            )
+        return out
+
+    @cached_property
+    def map(self) -> np.ndarray:
+        """[n, MAP_SIZE] uint8: a tuple, read as a number to the base 2 * reach + 1, to its symbol or ESCAPE."""
+        out = np.full((len(self), MAP_SIZE), ESCAPE, np.uint8)
+        for i, freq in enumerate(self.freq):
+            used = np.flatnonzero(freq[:ESCAPE])
+            out[i, _code(self.values[i, used], int(self.width[i]), int(self.reach[i]))] = used
+        return out
+
+    def choose(self, q: np.ndarray) -> np.ndarray:
+        """[R, T] int16 -> [R] uint8: the table that codes each row shortest."""
+        counts = histogram(q, REACH)
+        return np.argmin(counts @ self.cost.T, 1).astype(np.uint8)
+
+
+def histogram(q: np.ndarray, reach: int) -> np.ndarray:
+    """[R, T] -> [R, 2 reach + 1] float32 counts of -reach..reach, larger values counted at the ends."""
+    rows, span = len(q), 2 * reach + 1
+    index = np.clip(q, -reach, reach).astype(np.int64) + reach + span * np.arange(rows)[:, None]
+    return np.bincount(index.ravel(), minlength=rows * span).reshape(rows, span).astype(np.float32)
+
+
+def bank(pmfs: Iterable[np.ndarray]) -> Tables:
+    """A bank from probability functions [2 m + 1] of the values -m..m, m <= 127. The width is the one that codes shortest.
+
+    Ties (.5 % and .002 bits) go to the wider table, which decodes faster.
+    """
+    made = []
+    for pmf in pmfs:
+        options = [_table(pmf, width) for width in (4, 2, 1)]
+        best = min(rate for rate, *_ in options)
+        made.append(next(rest for rate, *rest in options if rate <= best * 1.005 + 0.002))
+    columns = [np.stack(column) for column in zip(*made, strict=True)]
+    return Tables(12, *columns)
+
+
+@lru_cache
+def laplace_bank(size: int = BANK_SIZE) -> Tables:
+    """The built-in bank: discretised Laplace distributions with mean magnitudes from 1/400 to 60, in equal ratios."""
+    return bank(_laplace(m) for m in np.geomspace(1 / 400, 60, size))
+
+
+def exact(counts: np.ndarray, bits: int) -> Tables:
+    """One table per row of counts [n, A], A <= 255, of the values 0..A-1, at width 1; every counted value is coded."""
+    n, size = counts.shape
+    freq = np.zeros((n, 256), np.uint16)
+    for i, row in enumerate(counts):
+        freq[i, :size] = normalise(row, bits)
+    values = np.zeros((n, 256, 4), np.int16)
+    values[:, :, 0] = np.arange(256)
+    values[:, ESCAPE] = -32768
+    cost = np.zeros((n, 2 * REACH + 1), np.float32)
+    return Tables(bits, np.ones(n, np.uint8), freq, values, np.full(n, size - 1, np.int16), cost)
+
+
+def normalise(p: np.ndarray, bits: int) -> np.ndarray:
+    """Weights [n] >= 0 -> integers that sum to 2^bits, at least 1 where the weight is not 0."""
+    total, p = 1 << bits, np.asarray(p, np.float64)
+    if not p.any():
+        p = np.eye(1, len(p))[0]
+    ideal = p / p.sum() * total
+    out = np.where(p > 0, np.maximum(1, np.floor(ideal)), 0).astype(np.int64)
+    while (left := total - int(out.sum())) != 0:
+        # One unit more shortens the code by p log(1 + 1/f), one less lengthens it by p log(f / (f - 1)).
+        if left > 0:
+            gain = np.where(p > 0, p * np.log1p(1 / np.maximum(out, 1)), -1)
+            out[np.argsort(-gain, kind="stable")[: min(left, int((p > 0).sum()))]] += 1
+        else:
+            loss = np.where(out > 1, -p * np.log1p(-1 / np.maximum(out, 2)), np.inf)
+            out[np.argsort(loss, kind="stable")[: min(-left, int((out > 1).sum()))]] -= 1
+    return out.astype(np.uint16)
+
+
+def _table(pmf: np.ndarray, width: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(bits per value, width, freq, values, reach, cost) of one table over tuples of independent values."""
+    pmf = np.asarray(pmf, np.float64) / np.sum(pmf)
+    middle = len(pmf) // 2
+    reach = min({1: REACH, 2: 15, 4: 2}[width], middle)
+    inner, joint = pmf[middle - reach : middle + reach + 1], np.ones(1)
+    for _ in range(width):
+        joint = np.outer(joint, inner).ravel()
+    # A rare tuple is cheaper as an escape than in a frequency of 1 / 4096 that it does not fill.
+    order = np.argsort(-joint, kind="stable")[:ESCAPE]
+    order = order[joint[order] > 2.0**-14]
+    rest = max(1.0 - float(joint[order].sum()), 2.0**-20)
+    freq = np.zeros(256, np.uint16)
+    weights = np.append(joint[order], rest)
+    freq[np.append(np.arange(len(order)), ESCAPE)] = normalise(weights, 12)
+    rate = float(weights @ (12 - np.log2(freq[np.append(np.arange(len(order)), ESCAPE)]))) + rest * 16 * width
+    values = np.zeros((256, 4), np.int16)
+    for place in range(width):
+        values[: len(order), place] = order // (2 * reach + 1) ** (width - 1 - place) % (2 * reach + 1) - reach
+    values[ESCAPE] = -32768
+    cost = np.full(2 * REACH + 1, 28.0, np.float32)
+    low = REACH - middle
+    cost[low : low + len(pmf)] = np.minimum(28.0, -np.log2(np.maximum(pmf, 2.0**-40)))
+    return rate / width, np.uint8(width), freq, values, np.int16(reach), cost  # type: ignore[return-value]
+
+
+def _code(values: np.ndarray, width: int, reach: int) -> np.ndarray:
+    code = np.zeros(len(values), np.int64)
+    for place in range(width):
+        code = code * (2 * reach + 1) + values[:, place] + reach
+    return code
+
+
+def _laplace(mean: float) -> np.ndarray:
+    """Probabilities of -127..127 for a rounded Laplace variable whose rounded magnitude has the given mean."""
+    low, high = 1e-3, 1e3  # scale; the mean of the rounded magnitude is exp(-1/2b) / (1 - exp(-1/b)), rising in b
+    for _ in range(80):
+        b = (low * high) ** 0.5
+        low, high = (b, high) if np.exp(-0.5 / b) / (1 - np.exp(-1 / b)) < mean else (low, b)
+    k = np.abs(np.arange(-REACH, REACH + 1))
+    inside = np.exp(-(k - 0.5) / b) * (1 - np.exp(-1 / b)) / 2
+    return np.where(k == 0, 1 - np.exp(-0.5 / b), inside)
