@@ -38,3 +38,7 @@ class Calibration(Protocol):
     def fisher(self, layer: int) -> tuple[Tensor, Tensor]:
         """E[g g^T] per head of the loss with labels drawn from the model: for K [H, Dk, Dk], for V [H', Dv, Dv]."""
         ...
+
+    def energy(self, layer: int) -> Tensor:
+        """[N] float32: squared gradient of the same loss by each token's KV, per head over its mean, summed."""
+        ...

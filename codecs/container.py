@@ -12,7 +12,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from lmcache_blend.errors import ConfigError, CorruptChunkError
 MAGIC, VERSION = b"LMCB", 1
 PREFIX = struct.Struct("<4sHHI")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_HEADER_BYTES = 1 << 24
+MAX_HEADER_BYTES, MAX_LAYERS, MAX_DIM, MAX_DEPTH = 1 << 20, 1 << 12, 1 << 24, 16
 MAX_TOKEN_ID = (1 << 32) - 1
 # A container that claims more is refused, so that a small file cannot ask for much memory. Writers pad.
 MAX_ELEMENTS_PER_BYTE, FREE_ELEMENTS = 1024, 1 << 20
@@ -83,10 +83,12 @@ class Container:
             raise CorruptChunkError(f"{len(self.sizes)} segments do not fit {len(self.header.groups)} layer groups")
         if sum(self.sizes) > len(data) - self._start:
             raise CorruptChunkError(f"segments of {sum(self.sizes)} bytes do not fit into a container of {len(data)}")
-        if any(data[self._start + sum(self.sizes) :]):
-            raise CorruptChunkError("the container does not end after its last segment")
-        if self.header.elements > MAX_ELEMENTS_PER_BYTE * len(data) + FREE_ELEMENTS:
+        end = self._start + sum(self.sizes)
+        padding = _padding(self.header, end)
+        if len(data) - end < padding:
             raise CorruptChunkError(f"{len(data)} bytes claim {self.header.elements} elements, more than they can hold")
+        if len(data) - end > padding or bytes(self._data[end:]).strip(b"\0"):
+            raise CorruptChunkError("the container does not end after its last segment")
 
     def segment(self, index: int) -> memoryview:
         """Bytes of a segment, checked. index 0: token ids; 1 + i: group i."""
@@ -98,10 +100,7 @@ class Container:
 
     def tokens(self) -> torch.Tensor:
         """Token ids [T] int64."""
-        ids = np.frombuffer(self.segment(0), "<u4")
-        if len(ids) != self.header.tokens:
-            raise CorruptChunkError(f"{len(ids)} token ids for {self.header.tokens} tokens")
-        return torch.from_numpy(ids.astype(np.int64))
+        return torch.from_numpy(array(self.segment(0), "<u4", (self.header.tokens,)).astype(np.int64))
 
 
 def pack(header: Header, tokens: torch.Tensor, segments: Sequence[bytes]) -> bytes:
@@ -119,11 +118,22 @@ def pack(header: Header, tokens: torch.Tensor, segments: Sequence[bytes]) -> byt
         "profile": header.profile,
         "segments": [[len(p), hashlib.sha256(p).digest()[:16].hex()] for p in parts],
     }
-    text = json.dumps(raw, separators=(",", ":"), allow_nan=False).encode()
+    try:
+        text = json.dumps(raw, separators=(",", ":"), allow_nan=False).encode()
+        _header(raw)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"a container cannot hold this chunk: {error}") from None
+    if len(text) > MAX_HEADER_BYTES:
+        raise ConfigError(f"a header of {len(text)} bytes is over the {MAX_HEADER_BYTES} of a container")
     start = PREFIX.pack(MAGIC, VERSION, 0, len(text)) + text
     out = b"".join((start, hashlib.sha256(start).digest(), *parts))
-    missing = (header.elements - FREE_ELEMENTS) // MAX_ELEMENTS_PER_BYTE + 1 - len(out)
-    return out + bytes(max(0, missing))
+    return out + bytes(_padding(header, len(out)))
+
+
+def _padding(header: Header, size: int) -> int:
+    """Zeros behind a container of `size` bytes. A chunk without tokens counts as one token, for its shapes' sake."""
+    elements = header.elements or replace(header, tokens=1).elements
+    return max(0, (elements - FREE_ELEMENTS) // MAX_ELEMENTS_PER_BYTE + 1 - size)
 
 
 def _runs(items: list[Any]) -> list[list[Any]]:
@@ -137,16 +147,24 @@ def _runs(items: list[Any]) -> list[list[Any]]:
     return out
 
 
-def _expand(runs: list[Any], limit: int = 1 << 16) -> list[Any]:
+def _expand(runs: list[Any], limit: int = MAX_LAYERS) -> list[Any]:
     if sum(_count(n) for n, _ in runs) > limit:
         raise ValueError(f"more than {limit} entries")
     return [item for n, item in runs for _ in range(n)]
 
 
-def _count(value: Any, low: int = 1) -> int:
-    if type(value) is not int or not low <= value < 1 << 40:
-        raise ValueError(f"{value!r} is no count")
+def _count(value: Any, low: int = 1, high: int = MAX_DIM) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{value!r} is no number from {low} to {high}")
     return value
+
+
+def _check_depth(value: Any, left: int = MAX_DEPTH) -> None:
+    """Deep nesting passes the JSON reader and then breaks whoever prints or copies it."""
+    if not left:
+        raise ValueError(f"the codec's config is nested deeper than {MAX_DEPTH}")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        _check_depth(item, left - 1)
 
 
 def _header(raw: dict[str, Any]) -> Header:
@@ -160,6 +178,7 @@ def _header(raw: dict[str, Any]) -> Header:
         raise ValueError(f"groups of {sum(groups)} layers for {len(layers)}")
     if not isinstance(raw["codec"], dict) or not isinstance(raw["codec"].get("id"), str):
         raise ValueError("the codec's config has no id")
+    _check_depth(raw["codec"])
     exact, profile = raw["exact_after"], raw["profile"]
     if not (profile is None or isinstance(profile, str)):
         raise ValueError("the profile is no digest")

@@ -5,11 +5,12 @@ import zlib
 from typing import Literal
 
 import numpy as np
+import pydantic
 
 from lmcache_blend.codecs import rans
 from lmcache_blend.codecs.container import array, join, split
 from lmcache_blend.codecs.stages import EMPTY, NotCodable, Plane, Stage, register_stage
-from lmcache_blend.codecs.tables import Tables, exact, histogram, laplace_bank
+from lmcache_blend.codecs.tables import exact, histogram, laplace_bank
 from lmcache_blend.errors import CorruptChunkError
 
 SIZE = struct.Struct("<II")
@@ -42,20 +43,20 @@ class Rans(Stage):
         rows, length = checked_size(size, plane)
         if self.tables == "bank":
             return rans.decode(stream, array(inflate(table_bytes, rows), "u1", (rows,)), length, laplace_bank())
-        raw = inflate(table_bytes, 255 * rows)
-        if rows and len(raw) % rows:
+        raw = np.frombuffer(inflate(table_bytes, 255 * rows), np.uint8)
+        if not rows <= len(raw) or len(raw) % max(rows, 1):
             raise CorruptChunkError(f"tables of {len(raw)} bytes are not the same size for {rows} rows")
-        return rans.decode(stream, np.arange(rows), length, _row_tables(raw, rows))
+        return rans.decode_exact(stream, raw.reshape(rows, -1) if rows else raw.reshape(0, 1), length)
 
 
 @register_stage("deflate")
 class Deflate(Stage):
     """DEFLATE (zlib) over the symbols' bytes."""
 
-    level: int = 9
+    level: int = pydantic.Field(default=9, ge=0, le=9)
 
     def encode(self, x: np.ndarray, plane: Plane) -> tuple[np.ndarray, bytes]:
-        narrow = x.astype(np.int8) if x.size and -128 <= x.min() and x.max() <= 127 else x.astype("<i2")
+        narrow = x.astype(np.int8) if x.size and x.min() >= -128 and x.max() <= 127 else x.astype("<i2")
         return EMPTY, join([SIZE.pack(*x.shape), zlib.compress(narrow.tobytes(), self.level)])
 
     def decode(self, y: np.ndarray, side: memoryview, plane: Plane) -> np.ndarray:
@@ -85,14 +86,3 @@ def inflate(data: memoryview, limit: int) -> bytes:
     if len(out) > limit or not stream.eof or stream.unused_data:
         raise CorruptChunkError(f"a compressed part is not the at most {limit} bytes that it should be")
     return out
-
-
-def _row_tables(raw: bytes, rows: int) -> Tables:
-    freq = np.zeros((rows, 256), np.int64)
-    used = len(raw) // rows if rows else 0
-    freq[:, :used] = np.frombuffer(raw, np.uint8).reshape(rows, used) if rows else 0
-    alone = (freq == 255) & (freq.sum(1, keepdims=True) == 255)  # 256 does not fit a byte
-    freq[alone] = 256
-    if (freq.sum(1) != 256).any():
-        raise CorruptChunkError("a table's frequencies do not sum to 256")
-    return exact(freq, 8)

@@ -113,7 +113,7 @@ class PipelineCodec(Config):
         """This codec with the settings that the chunk was coded with; its profile is never taken from the chunk."""
         if header.codec["id"] != codec_id(type(self)):
             raise CorruptChunkError(f"the chunk is coded with {header.codec['id']!r}, not {codec_id(type(self))!r}")
-        mine = {"profile": getattr(self, "profile")} if "profile" in type(self).model_fields else {}
+        mine = {"profile": self.profile} if "profile" in type(self).model_fields else {}
         try:
             codec = _configured(type(self), json.dumps({**header.codec, **mine}))
             digest = codec.profile_digest

@@ -27,13 +27,29 @@ MISSING = -32768
 
 def encode(q: np.ndarray, ids: np.ndarray, tables: Tables) -> bytes:
     """q: [R, T] int16 in [-32767, 32767]. ids: [R] number of each row's table."""
-    rows, length = q.shape
-    q = _padded(q)
-    symbols = np.empty((rows, q.shape[1]), np.uint8)
-    escapes = np.empty(q.size, np.int16)
-    count = _index(q, length, ids, tables.width, tables.reach, tables.map, symbols, escapes)
-    words = np.empty(q.size + 1, np.uint16)
-    start, states = _encode(symbols, length, ids, tables.width, tables.freq, tables.cum, tables.bits, words)
+    out = np.zeros((q.shape[0], -(-q.shape[1] // 4) * 4), np.int16)
+    out[:, : q.shape[1]] = q
+    return encode_rows(out.ravel(), np.full(len(q), q.shape[1]), ids, tables)
+
+
+def decode(data: bytes | memoryview, ids: np.ndarray, length: int, tables: Tables) -> np.ndarray:
+    """What `encode` coded: [R, length] int16. Raises CorruptChunkError."""
+    flat = decode_rows(data, np.full(len(ids), length), ids, tables)
+    return flat.reshape(len(ids), -(-length // 4) * 4)[:, :length]
+
+
+def row_starts(lengths: np.ndarray) -> np.ndarray:
+    """[R + 1]: where rows of these lengths start in a flat array; each row starts at a multiple of 4."""
+    return np.concatenate(([0], np.cumsum(-(-np.asarray(lengths, np.int64) // 4) * 4)))
+
+
+def encode_rows(q: np.ndarray, lengths: np.ndarray, ids: np.ndarray, tables: Tables) -> bytes:
+    """Rows of different lengths [R] in one flat int16 array, each from `row_starts` on, with zeros between them."""
+    starts, lengths = row_starts(lengths), np.asarray(lengths, np.int64)
+    symbols, escapes = np.empty(len(q), np.uint8), np.empty(len(q), np.int16)
+    count = _index(q, starts, lengths, ids, tables.width, tables.reach, tables.map, symbols, escapes)
+    words = np.empty(len(q) + 1, np.uint16)
+    start, states = _encode(symbols, starts, lengths, ids, tables.width, tables.freq, tables.cum, tables.bits, words)
     used = words[start:]
     head = HEAD.pack(len(used), count)
     return (
@@ -41,17 +57,36 @@ def encode(q: np.ndarray, ids: np.ndarray, tables: Tables) -> bytes:
     )
 
 
-def decode(data: bytes | memoryview, ids: np.ndarray, length: int, tables: Tables) -> np.ndarray:
-    """What `encode` coded: [R, length] int16. Raises CorruptChunkError."""
+def decode_rows(data: bytes | memoryview, lengths: np.ndarray, ids: np.ndarray, tables: Tables) -> np.ndarray:
+    """What `encode_rows` coded: the flat int16 array; undefined between the rows. Raises CorruptChunkError."""
     words, states, escapes = _parse(data)
     _check_ids(ids, tables)
-    out = np.empty((len(ids), -(-length // 4) * 4), np.int16)
+    starts, lengths = row_starts(lengths), np.asarray(lengths, np.int64)
+    out = np.empty(starts[-1], np.int16)
     padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
-    used = _decode(padded, len(words), states, ids, tables.width, tables.lut, tables.values, tables.bits, length, out)
+    t = tables
+    used = _decode(padded, len(words), states, starts, lengths, ids, t.width, t.lut, t.values, t.bits, out)
     _check_end(used, len(words), states)
-    if _fill(out, length, ids, tables.width, escapes) != len(escapes):
+    if _fill(out, starts, lengths, ids, tables.width, escapes) != len(escapes):
         raise CorruptChunkError("the number of escaped values does not fit the symbols")
-    return out[:, :length]
+    return out
+
+
+def decode_exact(data: bytes | memoryview, freq: np.ndarray, length: int) -> np.ndarray:
+    """What `encode` coded with `tables.exact` at 8 bits: [R, length] int16, without a table in memory for every row.
+
+    freq: [R, A] uint8, frequencies of the values 0..A-1; a row's only value has 255 for 256. Raises CorruptChunkError.
+    """
+    total = freq.sum(1, dtype=np.int64)
+    if not ((total == 256) | ((total == 255) & (freq.max(1, initial=0) == 255))).all():
+        raise CorruptChunkError("a table's frequencies do not sum to 256")
+    words, states, escapes = _parse(data)
+    out = np.empty((len(freq), length), np.int16)
+    padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
+    _check_end(_decode_exact(padded, len(words), states, freq, length, out), len(words), states)
+    if len(escapes):
+        raise CorruptChunkError("a stream with exact tables has no escapes")
+    return out
 
 
 def decode_reference(data: bytes | memoryview, ids: np.ndarray, length: int, tables: Tables) -> np.ndarray:
@@ -75,7 +110,8 @@ def decode_reference(data: bytes | memoryview, ids: np.ndarray, length: int, tab
             at += len(low)
             out[row, first * width : (first + n) * width] = tables.values[table, symbol, :width].ravel()
     _check_end(at, len(words), x)
-    if _fill(out, length, ids, tables.width, escapes) != len(escapes):
+    lengths = np.full(len(ids), length)
+    if _fill(out.reshape(-1), row_starts(lengths), lengths, ids, tables.width, escapes) != len(escapes):
         raise CorruptChunkError("the number of escaped values does not fit the symbols")
     return out[:, :length]
 
@@ -105,36 +141,30 @@ def _check_end(used: int, words: int, states: np.ndarray) -> None:
         raise CorruptChunkError("the rANS stream does not end where it should: wrong bytes or wrong tables")
 
 
-def _padded(q: np.ndarray) -> np.ndarray:
-    out = np.zeros((q.shape[0], -(-q.shape[1] // 4) * 4), np.int16)
-    out[:, : q.shape[1]] = q
-    return out
-
-
 @nb.njit(nogil=True, cache=True)
-def _index(q, length, ids, width, reach, maps, symbols, escapes):
-    """Values to symbols, in place of the first ceil(length / width) bytes of each row; returns how many escape."""
+def _index(q, starts, lengths, ids, width, reach, maps, symbols, escapes):
+    """Values to symbols, in the first ceil(length / width) places of each row; returns how many escape."""
     count = 0
     for r in range(len(ids)):
-        w, m, table = width[ids[r]], reach[ids[r]], maps[ids[r]]
+        w, m, table, first = width[ids[r]], reach[ids[r]], maps[ids[r]], starts[r]
         base = 2 * m + 1
-        for j in range((length + w - 1) // w):
+        for j in range((lengths[r] + w - 1) // w):
             code, inside = 0, True
             for i in range(w):
-                v = np.int64(q[r, j * w + i])
+                v = np.int64(q[first + j * w + i])
                 inside &= -m <= v <= m
                 code = code * base + v + m
             s = table[code] if inside else np.uint8(ESCAPE)
-            symbols[r, j] = s
+            symbols[first + j] = s
             if s == ESCAPE:
                 for i in range(w):
-                    escapes[count] = q[r, j * w + i]
+                    escapes[count] = q[first + j * w + i]
                     count += 1
     return count
 
 
 @nb.njit(nogil=True, cache=True)
-def _encode(symbols, length, ids, width, freqs, cums, bits, words):
+def _encode(symbols, starts, lengths, ids, width, freqs, cums, bits, words):
     """Backwards over all rows; the words fill the buffer from its end. Returns where they start, and the states."""
     x, at = np.full(32, np.uint32(LOW)), len(words)
     shift, top = np.uint32(bits), np.uint32(32 - bits)
@@ -144,8 +174,8 @@ def _encode(symbols, length, ids, width, freqs, cums, bits, words):
         for s in range(256):
             inverse[s] = 1.0 / max(1, freq[s])
         w = width[ids[r]]
-        for j in range((length + w - 1) // w - 1, -1, -1):
-            s, v = symbols[r, j], x[j & 31]
+        for j in range((lengths[r] + w - 1) // w - 1, -1, -1):
+            s, v = symbols[starts[r] + j], x[j & 31]
             f = np.uint32(freq[s])
             if (v >> top) >= f:
                 at -= 1
@@ -158,15 +188,15 @@ def _encode(symbols, length, ids, width, freqs, cums, bits, words):
 
 
 @nb.njit(nogil=True, cache=True, boundscheck=False)
-def _decode(words, count, states, ids, width, luts, values, bits, length, out):
+def _decode(words, count, states, starts, lengths, ids, width, luts, values, bits, out):
     """Returns the number of words read, or -1 where they ran out. `words` has 32 more behind its `count`."""
     at, x = np.int64(0), states.copy()
     mask, shift = np.uint32((1 << bits) - 1), np.uint32(bits)
     for r in range(len(ids)):
         w = np.int64(width[ids[r]])
-        lut, val, row = luts[ids[r]], values[ids[r]], out[r]
+        lut, val, row = luts[ids[r]], values[ids[r]], out[starts[r] : starts[r + 1]]
         single = val[:, 0].copy()
-        steps = (length + w - 1) // w
+        steps = (lengths[r] + w - 1) // w
         # The loops of 32 have a fixed length so that they unroll: 1.6 times the speed.
         for b in range(steps // 32):
             if at > count:
@@ -227,13 +257,44 @@ def _decode(words, count, states, ids, width, luts, values, bits, length, out):
     return at
 
 
+@nb.njit(nogil=True, cache=True, boundscheck=False)
+def _decode_exact(words, count, states, freqs, length, out):
+    """As `_decode`; a row's look-up table is made when the row is reached."""
+    at, x, lut = np.int64(0), states.copy(), np.empty(256, np.uint32)
+    for r in range(len(freqs)):
+        slot = 0
+        for s in range(freqs.shape[1]):
+            f = np.int64(freqs[r, s])
+            for k in range(min(f, 256 - slot)):
+                lut[slot + k] = np.uint32((f - 1) << 20 | k << 8 | s)
+            slot += f
+        if slot == 255:  # one value alone: its code is empty
+            for k in range(256):
+                lut[k] = np.uint32(255 << 20 | k << 8) | (lut[0] & np.uint32(255))
+        for j in range(length):
+            i = j & 31
+            if i == 0 and at > count:
+                return np.int64(-1)
+            e = lut[x[i] & np.uint32(255)]
+            v = ((e >> np.uint32(20)) + np.uint32(1)) * (x[i] >> np.uint32(8)) + ((e >> np.uint32(8)) & np.uint32(4095))
+            more = (v << np.uint32(16)) | np.uint32(words[at])
+            need = v < np.uint32(65536)
+            x[i] = more if need else v
+            at += np.int64(need)
+            out[r, j] = e & np.uint32(255)
+        if at > count:
+            return np.int64(-1)
+    states[:] = x
+    return at
+
+
 @nb.njit(nogil=True, cache=True)
-def _fill(out, length, ids, width, escapes):
+def _fill(out, starts, lengths, ids, width, escapes):
     """Put the escaped values where the symbols say so; returns how many fitted, -1 if there are too few."""
     at = 0
     for r in range(len(ids)):
-        w, row = width[ids[r]], out[r]
-        used = (length + w - 1) // w * w
+        w, row = width[ids[r]], out[starts[r] : starts[r + 1]]
+        used = (lengths[r] + w - 1) // w * w
         found = 0
         for t in range(used):
             found += row[t] == MISSING

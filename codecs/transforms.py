@@ -5,6 +5,7 @@ import pydantic
 
 from lmcache_blend.codecs.container import array
 from lmcache_blend.codecs.stages import NotCodable, Plane, Stage, register_stage
+from lmcache_blend.errors import CorruptChunkError
 
 F16_MAX = 65504.0
 
@@ -22,7 +23,9 @@ class Sinks(Stage):
     def decode(self, y: np.ndarray, side: memoryview, plane: Plane) -> np.ndarray:
         n = min(self.tokens, plane.tokens)
         head = array(side, "<f2", (plane.channels, n)).astype(np.float32)
-        return np.concatenate((head, y), 1) if y.shape[0] == plane.channels else head[:, :0]
+        out = np.empty((plane.tokens, plane.channels), np.float32)  # token by token, as the chunk wants it
+        out[:n], out[n:] = head.T, rows(y, plane).T
+        return out.T
 
 
 @register_stage("mean")
@@ -34,7 +37,14 @@ class Mean(Stage):
         return x - np.frombuffer(side, "<f2").astype(np.float32)[:, None], side
 
     def decode(self, y: np.ndarray, side: memoryview, plane: Plane) -> np.ndarray:
-        return y + array(side, "<f2", (plane.channels,)).astype(np.float32)[:, None]
+        return rows(y, plane) + array(side, "<f2", (plane.channels,)).astype(np.float32)[:, None]
+
+
+def rows(y: np.ndarray, plane: Plane) -> np.ndarray:
+    """The matrix; raises CorruptChunkError unless it has a row per channel."""
+    if len(y) != plane.channels:
+        raise CorruptChunkError(f"{len(y)} rows for {plane.channels} channels")
+    return y
 
 
 def to_f16(x: np.ndarray) -> bytes:

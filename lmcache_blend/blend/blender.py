@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmcache_blend.blend.chunks import read_layers
 from lmcache_blend.blend.policies import RowPolicy, get_policy, policies
 from lmcache_blend.blend.prefill import Prefill, generate_batch
 from lmcache_blend.blend.runner import ModelRunner, Plan
@@ -110,12 +111,9 @@ class Blender:
 
     def _chunk(self, ids: Tensor, kv: Any, start: int, end: int, angles: Angles, exact: bool) -> KVChunk:
         """Pre-RoPE copy of positions start..end of kv."""
-        part, positions, layers = angles[start:end], torch.arange(start, end), []
-        for i in range(self.runner.num_layers):
-            k, v = part.unrotate(i, *kv.read(i, positions))
-            layers.append((k[0].cpu().contiguous(), v[0].cpu().contiguous()))
+        layers = read_layers(self.runner, kv, start, end, angles[start:end])
         digest = context_digest(ids[:start], angles.regime()) if exact else None
-        return KVChunk(ids[start:end].clone(), tuple(layers), digest)
+        return KVChunk(ids[start:end].clone(), layers, digest)
 
     # ------------------------------------------------------------------ prefill
     def prefill(

@@ -50,7 +50,7 @@ class _Recorder(Forward):
 def capture(runner: Any, ids: Tensor, positions: Tensor | None = None) -> Capture:
     """Run all of ids [T] (at positions, if given) and keep each layer's KV."""
     recorder = _Recorder(len(ids), runner.num_layers, runner.device)
-    runner._run(recorder, ids[None], recorder.rows if positions is None else positions[None], 1)
+    runner.run_rows(recorder, ids[None], recorder.rows if positions is None else positions[None], 1)
     missing = [i for i in range(runner.num_layers) if i not in recorder.kv or i not in recorder.attended]
     if missing:
         raise UnsupportedModelError(

@@ -93,9 +93,10 @@ class HFRunner:
         forward.stop_at = plan.stop_at
         forward.hidden = None if plan.hidden is None else plan.hidden.to(self.device)
         ids = torch.stack([t.to(self.device)[r] for t, r in zip(tokens, rows, strict=True)])
-        return Computed(self._run(forward, ids, rows, logits), forward.rows_of), forward
+        return Computed(self.run_rows(forward, ids, rows, logits), forward.rows_of), forward
 
-    def _run(self, forward: Forward, ids: Tensor, positions: Tensor, logits: int) -> Tensor | None:
+    def run_rows(self, forward: Forward, ids: Tensor, positions: Tensor, logits: int) -> Tensor | None:
+        """The model's forward under `forward`: ids, positions [B, N] -> [B, logits, V] float32, None where stopped."""
         with self._lock:
             token, config = CURRENT.set(forward), self.model.config
             was = config._attn_implementation
