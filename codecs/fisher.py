@@ -203,6 +203,13 @@ class FisherCodec(PipelineCodec):
         if self.fitted is not None:
             self.base_step  # noqa: B018  # a budget out of reach is an error now, not at the first chunk
 
+    def __eq__(self, other: object) -> bool:
+        # By settings: what an object has seen so far is no part of what it is.
+        return type(other) is type(self) and other.model_dump() == self.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(str(self.model_dump()))
+
     @property
     def fitted(self) -> Fitted | None:
         if self.profile is None:

@@ -82,7 +82,7 @@ def fit(
     skipped = [len(ids) - n for ids, n in zip(calibration.ids, calibration.lengths, strict=True)]
     ids = torch.cat([x[s:] for x, s in zip(calibration.ids, skipped, strict=True)])
     table = _token_table(calibration, metrics, ids, config.token_rank)
-    features = torch.from_numpy(table[ids.numpy()].astype(np.float32) * FEATURE_SCALE)
+    features = torch.from_numpy(table[np.minimum(ids.numpy(), len(table) - 1)].astype(np.float32) * FEATURE_SCALE)
     tensors: dict[str, np.ndarray] = {"layers": np.array([config.group], np.int32), "features": table}
     counts = np.zeros((BANK_SIZE, 2 * REACH + 1))
     firsts = range(0, layers, config.group)

@@ -14,7 +14,7 @@ from lmcache_blend.codecs.base import codecs
 from lmcache_blend.codecs.container import DTYPES, Container, Header, Shape, join, pack, split
 from lmcache_blend.codecs.stages import NotCodable, Plane, Stage, stages
 from lmcache_blend.config import Config
-from lmcache_blend.errors import ConfigError, CorruptChunkError, LMCacheBlendError
+from lmcache_blend.errors import ConfigError, CorruptChunkError, LMCacheBlendError, UnknownNameError
 from lmcache_blend.types import KVChunk
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -81,18 +81,12 @@ class PipelineCodec(Config):
         ids = tokens.numpy()
 
         def segment(item: tuple[int, list[Plane]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            index, group = item
-            parts = split(container.segment(1 + index), len(group))
-            found: dict[tuple[int, int], torch.Tensor] = {}
-            for part, plane in zip(parts, group, strict=True):
-                codec._decode_plane(part, plane, header, found)
-            first = group[0].first
-            return [(found[i, 0], found[i, 1]) for i in range(first, first + len(group[0].shapes))]
+            return codec._decode_group(container.segment(1 + item[0]), item[1], header)
 
         try:
             planes = codec._planes(header, ids)
             layers = [pair for part in _parallel(segment, list(enumerate(planes))) for pair in part]
-        except ConfigError as error:
+        except (ConfigError, UnknownNameError) as error:
             raise CorruptChunkError(f"the chunk's header asks for what this codec is not: {error}") from None
         return KVChunk(tokens, tuple(layers), header.exact_after)
 
@@ -102,10 +96,18 @@ class PipelineCodec(Config):
         codec, header = self._of(container.header), container.header
         if not 0 <= group < len(header.groups):
             raise ConfigError(f"group {group} of {len(header.groups)} does not exist")
-        planes = codec._planes(header, container.tokens().numpy())[group]
+        try:
+            planes = codec._planes(header, container.tokens().numpy())[group]
+            return codec._decode_group(container.segment(1 + group), planes, header)
+        except (ConfigError, UnknownNameError) as error:
+            raise CorruptChunkError(f"the chunk's header asks for what this codec is not: {error}") from None
+
+    def _decode_group(
+        self, segment: memoryview, planes: list[Plane], header: Header
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         found: dict[tuple[int, int], torch.Tensor] = {}
-        for part, plane in zip(split(container.segment(1 + group), len(planes)), planes, strict=True):
-            codec._decode_plane(part, plane, header, found)
+        for part, plane in zip(split(segment, len(planes)), planes, strict=True):
+            self._decode_plane(part, plane, header, found)
         first = planes[0].first
         return [(found[i, 0], found[i, 1]) for i in range(first, first + len(planes[0].shapes))]
 
@@ -117,7 +119,7 @@ class PipelineCodec(Config):
         try:
             codec = _configured(type(self), json.dumps({**header.codec, **mine}))
             digest = codec.profile_digest
-        except LMCacheBlendError as error:
+        except (LMCacheBlendError, TypeError) as error:
             raise CorruptChunkError(f"the chunk's codec config is malformed: {error}") from None
         if digest != header.profile:
             raise CorruptChunkError(
@@ -201,7 +203,11 @@ def make_stage(config: dict[str, Any]) -> Stage:
     """A stage from its JSON config. Raises UnknownNameError, ConfigError."""
     if not isinstance(config.get("id"), str):
         raise ConfigError(f'stage {config!r} has no "id"; known ids: {", ".join(stages)}')
-    return stages.get(config["id"])(**{k: v for k, v in config.items() if k != "id"})
+    factory, settings = stages.get(config["id"]), {k: v for k, v in config.items() if k != "id"}
+    try:
+        return factory(**settings)
+    except TypeError as error:  # a setting named self
+        raise ConfigError(f"stage {config['id']!r} refuses {settings}: {error}") from None
 
 
 def codec_id(cls: type) -> str:

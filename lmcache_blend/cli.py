@@ -1,4 +1,4 @@
-"""The command line: `lmcache-blend run`, `report` and `ls`.
+"""The command line: `lmcache-blend run`, `report`, `codec` and `ls`.
 
 Exit status: 0 done; 2 bad arguments or input (one line on stderr, no traceback); 130 interrupted; 1 else.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lmcache_blend import errors
+from lmcache_blend.cli_codec import add_commands
 
 BAD_INPUT = (
     errors.ConfigError,
@@ -117,6 +118,8 @@ def parser() -> Parser:
     report.add_argument(
         "--json", metavar="FILE", help="write the leaderboard as JSON, - for stdout (instead of the table)"
     )
+
+    add_commands(commands, _write_json, _ls)
 
     ls = commands.add_parser("ls", help="what is registered", description="Names of tasks, methods, codecs or tiers.")
     ls.set_defaults(command=_ls)

@@ -28,7 +28,7 @@ SHAPES: tuple[Shapes, ...] = (
     ((1, 64, 2, 16),) * 2,
     ((1, 48, 0, 0),) * 2,
 )
-"""Per layer (H, Dk, H', Dv): plain heads, one head, layers that differ, MLA, and a layer whose second tensor is empty."""
+"""Per layer (H, Dk, H', Dv): plain heads, one head, layers that differ, MLA, a layer whose second tensor is empty."""
 
 
 class CodecConformance:
@@ -57,7 +57,7 @@ class CodecConformance:
     tokens: Sequence[int] = (1, 2, 5, 37, 256)
     dtypes: Sequence[torch.dtype] = DTYPES
     golden: Path | None = None
-    """A file with `golden_chunk` as bytes, made by `write_golden`; beside it, with the suffix .npy, what it decodes to."""
+    """A file with `golden_chunk` as bytes, made by `write_golden`; beside it, as .npy, what it decodes to."""
     stable_bytes: bool = True
     """Encoding gives the golden bytes, not only bytes that decode; no where a library's compressor may change."""
 
@@ -124,8 +124,9 @@ class CodecConformance:
                 try:
                     out = codec.decode(codec.encode(mine))
                 except ConfigError as error:
-                    assert f"layer {last}" in str(error), f"{case}: {error} does not name layer {last}"
-                    continue
+                    if f"layer {last}" in str(error):
+                        continue
+                    raise AssertionError(f"{case}: {error} does not name layer {last}") from error
                 for (i, a), (_, b) in zip(tensors(mine), tensors(out), strict=True):
                     same = torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf() * a.sign(), b.isinf() * b.sign())
                     assert same, f"{case}: {value} in layer {last} comes back changed in layer {i}"

@@ -57,8 +57,25 @@ def tensors(kv: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"zero and tiny tokens, {layers} layers", x
     yield "powers of two: ties", 2.0 ** torch.randint(-6, 7, (12, 2, CHUNK, 2, 64), generator=g)
     if kv is not None:
-        found = load_file(kv)
-        yield kv.name, torch.stack((found["k"], found["v"]), 1).transpose(2, 3)[:, :, :CHUNK].float()
+        yield kv.name, loaded(kv)[:, :, :CHUNK]
+
+
+def loaded(kv: Path) -> torch.Tensor:
+    """[layers, 2, tokens, heads, dim] in float32."""
+    found = load_file(kv)
+    return torch.stack((found["k"], found["v"]), 1).transpose(2, 3).float()
+
+
+def timed(kv: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, [layers, 2, tokens, heads, dim]) in bfloat16; made up, channels have sizes that differ as those of KV."""
+    g = torch.Generator().manual_seed(0)
+    for layers, heads, dim, tokens in SPEEDS:
+        size = torch.exp(torch.randn(layers, 2, 1, heads, dim, generator=g) / 2)
+        x = torch.randn(layers, 2, tokens, heads, dim, generator=g) * size
+        yield f"{layers} layers x {heads} heads x {dim}, {tokens} tokens", x.to(torch.bfloat16)
+    if kv is not None:
+        x = loaded(kv).to(torch.bfloat16)
+        yield from ((f"{kv.name}, {n} tokens", x[:, :, :n].contiguous()) for n in sorted({CHUNK, x.shape[2]}))
 
 
 def chunk(x: torch.Tensor) -> KVChunk:
@@ -99,13 +116,11 @@ def seconds(calls: list[Callable[[], Any]], repeats: int) -> list[float]:
     return [statistics.median(times) for times in taken]
 
 
-def speed(repeats: int) -> list[dict[str, Any]]:
+def speed(kv: Path | None, repeats: int) -> list[dict[str, Any]]:
     """Whole-codec MB/s of 16-bit KV, in turns in one process."""
-    g, rows = torch.Generator().manual_seed(0), []
-    for layers, heads, dim, tokens in SPEEDS:
-        spread = torch.exp(torch.randn(layers, 2, 1, heads, dim, generator=g))
-        x = (torch.randn(layers, 2, tokens, heads, dim, generator=g) * spread).to(torch.bfloat16)
-        (serializer, deserializer), codec, c = lmcache(layers, x.dtype, tokens), CacheGen(), chunk(x)
+    rows = []
+    for name, x in timed(kv):
+        (serializer, deserializer), codec, c = lmcache(len(x), x.dtype, x.shape[2]), CacheGen(), chunk(x)
         theirs, mine = serializer.to_bytes(x), codec.encode(c)
         taken = seconds(
             [
@@ -119,10 +134,7 @@ def speed(repeats: int) -> list[dict[str, Any]]:
         mb = x.numel() * 2 / 1e6
         rows.append(
             {
-                "layers": layers,
-                "heads": heads,
-                "dim": dim,
-                "tokens": tokens,
+                "data": name,
                 "threads": torch.get_num_threads(),
                 "lmcache_bits_per_element": 8 * len(theirs) / x.numel(),
                 "bits_per_element": 8 * len(mine) / x.numel(),
@@ -152,9 +164,9 @@ def main() -> int:
             if any(found.values()):
                 print(f"{name}, {dtype}: {found}")
     print("differing: " + ", ".join(f"{key} {n}" for key, n in total.items()))
-    rows = speed(args.repeats)
+    rows = speed(args.kv, args.repeats)
     for row in rows:
-        print(f"{row['layers']} layers x {row['heads']} heads x {row['dim']} x {row['tokens']} tokens, LMCache -> us:")
+        print(f"{row['data']}, LMCache -> here:")
         for what in ("encode", "decode"):
             theirs, mine, ratio = (row[name.format(what)] for name in ("lmcache_{}_mb_s", "{}_mb_s", "{}_ratio"))
             print(f"    {what} {theirs:.1f} -> {mine:.0f} MB/s ({ratio:.0f} x)")

@@ -1,0 +1,126 @@
+"""Measure codecs on a model's own KV: size of real containers, KL of what follows, speed."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lmcache_blend.blend.chunks import read_layers, rotated, write_chunk
+from lmcache_blend.blend.runner import Plan
+from lmcache_blend.codecs import get_codec
+from lmcache_blend.errors import ConfigError, DataError
+from lmcache_blend.eval.texts import documents, windows
+from lmcache_blend.hf.calibrate import text_digest
+from lmcache_blend.types import KVChunk
+
+CONTINUATION = 96
+
+
+class Document:
+    """A context, its KV and what the model says after it. window: [T + n] int64; context: T."""
+
+    def __init__(self, runner: Any, window: Tensor, context: int):
+        self.window, self.context = window, context
+        positions = torch.arange(context)
+        kv = runner.new_kv(context, len(window))
+        runner.forward([window[:context]], [kv], Plan([positions]))
+        layers = read_layers(runner, kv, 0, context, runner.rotary.at(positions))
+        self.chunk = KVChunk(window[:context], layers)
+        self.log_p = self.continue_from(runner, kv)
+
+    def continue_from(self, runner: Any, kv: Any) -> Tensor:
+        """Log probabilities [n, V] of the rows behind the context."""
+        kv.extend(len(self.window))
+        rows = torch.arange(self.context, len(self.window))
+        out = runner.forward([self.window], [kv], Plan([rows]), 0).logits
+        kv.length = self.context
+        return out[0].log_softmax(-1)
+
+
+def measure(runner: Any, codec: Any, document: Document, repeat: int = 1) -> dict[str, float]:
+    """bits per element, kl, top1_agreement, delta_nll, encode_mb_s and decode_mb_s (MB of 16-bit KV) of one document."""
+    post = getattr(codec, "keys", "pre_rope") == "post_rope"
+    chunk = rotated(runner, document.chunk) if post else document.chunk
+    elements = sum(k.numel() + v.numel() for k, v in chunk.layers)
+    encode, data = _timed(lambda: codec.encode(chunk), repeat)
+    decode, out = _timed(lambda: codec.decode(data), repeat)
+    out = rotated(runner, out, inverse=True) if post else out
+    log_q = document.continue_from(runner, write_chunk(runner, out, len(document.window)))
+    p, targets = document.log_p, document.window[document.context + 1 :, None]
+    return {
+        "bits": 8 * len(data) / elements,
+        "kl": float((p.exp() * (p - log_q)).sum(-1).mean()),
+        "top1_agreement": float((p.argmax(-1) == log_q.argmax(-1)).float().mean()),
+        "delta_nll": float((p[:-1] - log_q[:-1]).gather(1, targets).mean()),
+        "encode_mb_s": 2e-6 * elements / encode,
+        "decode_mb_s": 2e-6 * elements / decode,
+    }
+
+
+def bench(
+    runner: Any,
+    sources: Sequence[str | Path],
+    specs: Sequence[Any],
+    context_tokens: int,
+    limit: int = 4,
+    repeat: int = 3,
+) -> list[dict[str, Any]]:
+    """Every codec on `limit` windows of every source, in turns; a row per source and codec.
+
+    Text that a profile was fitted on is left out. Raises ConfigError, DataError.
+    """
+    codecs = []
+    for spec in specs:
+        codec = get_codec(spec)
+        if hasattr(codec, "check_model"):
+            codec.check_model(runner.fingerprint, runner.model_id)  # pyright: ignore[reportAttributeAccessIssue]
+        codecs.append((spec, codec))
+    if context_tokens < 1 or context_tokens + CONTINUATION > runner.max_tokens:
+        raise ConfigError(f"context_tokens = {context_tokens}: choose 1 to {runner.max_tokens - CONTINUATION}")
+    fitted = {t for _, c in codecs if getattr(c, "profile", None) for t in _profile(c).texts}
+    rows = []
+    for source in sources:
+        found = windows(documents(source), runner.tokenizer, context_tokens + CONTINUATION, 8 * limit)
+        fresh = [w for w in found if text_digest(w) not in fitted][:limit]
+        if not fresh:
+            raise DataError(f"every window of {source} was in the text of a profile; measure on other text")
+        seen: list[list[dict[str, float]]] = [[] for _ in codecs]
+        for window in tqdm(fresh, desc=Path(source).stem, unit="window"):
+            document = Document(runner, window, context_tokens)
+            for (_, codec), into in zip(codecs, seen, strict=True):
+                into.append(measure(runner, codec, document, repeat))
+        for (_, codec), into in zip(codecs, seen, strict=True):
+            mean = {name: sum(r[name] for r in into) / len(into) for name in into[0]}
+            rows.append(
+                {
+                    "codec": codec.get_config(),
+                    "model": runner.model_id,
+                    "data": Path(source).stem,
+                    "context_tokens": context_tokens,
+                    "documents": len(into),
+                    "bits_per_element": mean.pop("bits"),
+                    **mean,
+                    "threads": torch.get_num_threads(),
+                }
+            )
+    return rows
+
+
+def _profile(codec: Any) -> Any:
+    from lmcache_blend.codecs.profile import Profile
+
+    return Profile.load(codec.profile)
+
+
+def _timed(work: Any, repeat: int) -> tuple[float, Any]:
+    """Shortest wall time of `repeat` calls in seconds, and the result."""
+    out, best = work(), float("inf")
+    for _ in range(repeat):
+        began = time.perf_counter()
+        out = work()
+        best = min(best, time.perf_counter() - began)
+    return best, out
