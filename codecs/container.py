@@ -1,6 +1,6 @@
 """The container of every coded chunk: a checksummed header, then one checksummed segment per group of layers.
 
-    magic "LMCB" | version u16 | reserved u16 | header bytes u32 | header (JSON, UTF-8) | SHA-256 of all before | segments
+    magic "LMCB" | version u16 | reserved u16 | header bytes u32 | header (JSON) | SHA-256 of all before | segments
 
 The header holds the codec's JSON config, the chunk's shapes and types, the digest of the profile it was coded with, and
 bytes and checksum of every segment, so that a segment can be fetched, checked and decoded alone. Segment 0 is the token

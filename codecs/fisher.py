@@ -1,7 +1,9 @@
 """fisher_klt and fisher_diagonal: transforms of pre-RoPE keys and values fitted to what the model's output depends on.
 
-Per group of layers, K and V are one vector per token. From it goes the mean, and what the token's own id foretells (a linear
-map of a small learned table of token features: both sides know the ids). The rest is turned into the eigenvectors of its
+Per group of layers, K and V are one vector per token. From it goes the mean, and what the token's own id foretells
+(a linear
+map of a small learned table of token features: both sides know the ids). The rest is turned into the eigenvectors
+of its
 covariance in the tempered Fisher metric, M^(1/2) S M^(1/2) with M = E[g g^T] of the loss with labels drawn from
 the model, quantised by plain rounding with one step for the whole model, and coded with a bank of static tables.
 Tokens that the output depends on more, by a linear map of their KV that is fitted to the gradients' energy, get a finer
@@ -48,7 +50,8 @@ log = logging.getLogger("lmcache_blend.codecs")
 class Group:
     """What is fitted for one group of layers; D its channels, R coefficients, F token features.
 
-    mean [D]. forward [D, R] and inverse [R, D], or both [D] for fisher_diagonal. levels [R] int32, falling: the spread of
+    mean [D]. forward [D, R] and inverse [R, D], or both [D] for fisher_diagonal. levels [R] int32, falling: the
+    spread of
     the coefficients in 1/64 octaves of the profile's unit. predict [F, D]: the foretold vector. score [D + F + 1]: log
     importance as a linear map of vector, features and 1; score_range: its lowest and highest value.
     """
@@ -258,12 +261,12 @@ class FisherCodec(PipelineCodec):
             step = self.step
         else:
             assert self.fitted is not None
-            step = step_for(self.fitted.profile.settings["curve"], self.budget or {"kl": 0.005})
+            step = step_for(self.fitted.profile.settings.get("curve", []), self.budget or {"kl": 0.005})
         return int(np.clip(np.rint(np.log2(step) * adaptive.UNITS), -32768, 32767))
 
     def encode(self, chunk: KVChunk) -> bytes:
         data = super().encode(chunk)
-        if self.fitted is not None and len(chunk) > self.sinks:
+        if self.fitted is not None and len(chunk) > self.sinks and "curve" in self.fitted.profile.settings:
             self._watch(chunk, data)
         return data
 
@@ -297,7 +300,8 @@ class FisherCodec(PipelineCodec):
 
 @codecs.register("fisher_klt")
 class FisherKLT(FisherCodec):
-    """Fisher-metric KLT over K and V of a group of layers, token table, adaptive steps, rANS; the smallest at equal KL."""
+    """Fisher-metric KLT over K and V of a group of layers, token table, adaptive steps, rANS; the smallest at
+    equal KL."""
 
 
 @codecs.register("fisher_diagonal")
@@ -310,6 +314,8 @@ def step_for(curve: list[Mapping[str, float]], budget: Mapping[str, float]) -> f
 
     curve: {"step", "bits", "kl"} each. Raises ConfigError where the budget lies outside of what was measured.
     """
+    if not curve:
+        raise ConfigError("the profile holds no measurements, so that no budget can pick a step; give a step")
     (name, value), steps = next(iter(budget.items())), np.array([p["step"] for p in curve])
     seen = np.array([p[name] for p in curve])
     if not seen.min() <= value <= seen.max():

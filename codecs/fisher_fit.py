@@ -183,7 +183,8 @@ def _group(
 def _importance(x: Tensor, features: Tensor, energy: Tensor, adaptivity: float) -> tuple[Tensor, Tensor, float, float]:
     """Log importance of a token as a linear map of its vector: (vector [D], weights [F + 1], lowest, highest).
 
-    Minimises mean(energy exp(-s) + s): the distortion at equal rate where the step is scaled by exp(-s / 2). The result is
+    Minimises mean(energy exp(-s) + s): the distortion at equal rate where the step is scaled by exp(-s / 2). The
+    result is
     in classes of half an octave of the step, its mean 0.
     """
     if not adaptivity or not float(energy.sum()) > 0:

@@ -18,7 +18,7 @@ from lmcache_blend.codecs.container import PREFIX, VERSION, Container, Header, s
 from lmcache_blend.codecs.entropy import SIZE, inflate
 from lmcache_blend.codecs.pipeline import CODED, PLAIN, PipelineCodec
 from lmcache_blend.codecs.smallest import BANK, ROW
-from lmcache_blend.codecs.stages import Plane
+from lmcache_blend.codecs.stages import Plane, stages
 from lmcache_blend.errors import CorruptChunkError, LMCacheBlendError
 
 DIGEST_BYTES = 32
@@ -30,8 +30,8 @@ def describe(data: bytes, codec: PipelineCodec | None = None) -> dict[str, Any]:
 
     data: a container, or a raw chunk, of which less is told. codec: gives the ids of the stages where they depend on a
     profile; without it, and without a profile, they follow from the chunk's own config, else they are None. rANS
-    parts tell rows, words, escapes and [table, rows that use it], or "own" where each row brings its table. Raises
-    CorruptChunkError.
+    parts tell words, escapes and, where the stream says it, rows and [table, rows that use it], or "own" where each row
+    brings its table. Raises CorruptChunkError.
     """
     if data[: len(raw.MAGIC)] == raw.MAGIC:
         return _raw(data)
@@ -101,7 +101,7 @@ def _table(segments: Sequence[dict[str, Any]]) -> Table:
                 f"{plane['bytes']:,}",
                 _bits(plane),
                 parts,
-                *(f"{coder[name]:,}" if coder else "" for name in ("rows", "words", "escapes")),
+                *(f"{coder[name]:,}" if name in coder else "" for name in ("rows", "words", "escapes")),
                 str(len(tables)) if isinstance(tables, list) else tables,
             )
     return table
@@ -118,14 +118,14 @@ def _planes(
         plane = Plane(
             slot, first, header.shapes[first : first + layers], len(header.shapes), header.tokens, np.zeros(0, np.int64)
         )
-        kind, stages = bytes(part[:1]), []
+        kind, steps = bytes(part[:1]), []
         if kind == CODED:
             try:
                 sides = _parts(part[1:])
             except CorruptChunkError:  # a codec that lays its planes out in its own way
                 sides = []
             names = _names(plane, known, len(sides))
-            stages = [{"id": name, "bytes": len(s), **_rans(s)} for name, s in zip(names, sides, strict=True)]
+            steps = [{"id": name, "bytes": len(s), **_rans(s)} for name, s in zip(names, sides, strict=True)]
         elif kind != PLAIN:
             raise CorruptChunkError(f"a plane starts with {kind!r}, neither coded nor plain")
         out.append(
@@ -133,7 +133,7 @@ def _planes(
                 "slot": slot,
                 "kind": "coded" if kind == CODED else "plain",
                 **_size(len(part), plane.channels * plane.tokens),
-                "stages": stages,
+                "stages": steps,
             }
         )
     return out
@@ -156,36 +156,34 @@ def _names(plane: Plane, known: tuple[PipelineCodec, Any] | None, count: int) ->
     if known is None:
         return unknown
     try:
-        names = [stage.get_config()["id"] for stage in known[0].stages(replace(plane, profile=known[1]))]
+        steps = known[0].stages(replace(plane, profile=known[1]))
     except LMCacheBlendError:
         return unknown
-    return names if len(names) == count else unknown
+    names = {cls: name for name, cls in ((name, stages.get(name)) for name in stages)}
+    ids: list[str | None] = [names.get(type(step), type(step).__name__.lower()) for step in steps]
+    return ids if len(ids) == count else unknown
 
 
 def _rans(side: memoryview, ids_from: int = 0) -> dict[str, Any]:
-    """Facts of a part that is a rANS stage's (size, tables, stream), empty for any other.
+    """Facts of a part that ends with a rANS stream, empty for any other; rows and tables where it starts with a size.
 
     ids_from: where the rows' table ids start in the tables, in bytes per row.
     """
     try:
         size, packed, stream = split(side, 3)
-        if len(size) != SIZE.size or len(stream) < rans.HEAD.size:
-            return {}
-        (rows, length), (words, escapes) = SIZE.unpack(size), rans.HEAD.unpack_from(stream)
-        tables = np.frombuffer(inflate(packed, 255 * rows), np.uint8)
     except CorruptChunkError:
         return _rans(side[1:], int(side[:1] == BANK)) if side[:1] in (BANK, ROW) else {}
+    if len(stream) < rans.HEAD.size:
+        return {}
+    words, escapes = rans.HEAD.unpack_from(stream)
     if len(stream) != rans.HEAD.size + 4 * rans.LANES + 2 * (words + escapes):
         return {}
-    ids = tables[ids_from * rows :]
-    return {
-        "rows": rows,
-        "length": length,
-        "words": words,
-        "escapes": escapes,
-        "table_bytes": len(packed),
-        "tables": _tables(ids) if len(ids) == rows else "own",
-    }
+    facts: dict[str, Any] = {"words": words, "escapes": escapes, "table_bytes": len(packed)}
+    if len(size) == SIZE.size:
+        rows, length = SIZE.unpack(size)
+        ids = np.frombuffer(inflate(packed, 255 * rows), np.uint8)[ids_from * rows :]
+        facts |= {"rows": rows, "length": length, "tables": _tables(ids) if len(ids) == rows else "own"}
+    return facts
 
 
 def _tables(ids: np.ndarray) -> list[list[int]]:

@@ -1,4 +1,5 @@
-"""PipelineCodec: what every codec made of stages shares, and `pipeline`, which takes its stages from its JSON config."""
+"""PipelineCodec: what every codec made of stages shares, and `pipeline`, which takes its stages from its JSON
+config."""
 
 import json
 from abc import abstractmethod
@@ -22,7 +23,8 @@ CODED, PLAIN = b"\0", b"\1"
 
 
 class PipelineCodec(Config):
-    """Codes a chunk plane by plane: each group of layers is one segment, each plane of it goes through a list of stages.
+    """Codes a chunk plane by plane: each group of layers is one segment, each plane of it goes through a list of
+    stages.
 
     A plane that holds NaN, infinities or numbers outside a codec's range is kept as it is, bit for bit; so is one
     without elements. Segments are coded in parallel on torch's number of threads.

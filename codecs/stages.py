@@ -15,7 +15,8 @@ from lmcache_blend.registry import Registry
 
 
 class NotCodable(Exception):
-    """The plane holds numbers that this stage cannot carry (NaN, infinities, a range too wide); it is stored as it is."""
+    """The plane holds numbers that this stage cannot carry (NaN, infinities, a range too wide); it is stored as it
+    is."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Frequency tables for rANS: a bank of shared ones, or one exact table per row.
 
-A table holds at most 255 symbols, each a tuple of `width` neighbouring values, and the escape. Integer frequencies sum to
+A table holds at most 255 symbols, each a tuple of `width` neighbouring values, and the escape. Integer frequencies
+sum to
 2^bits. A bank is a handful of tables, ordered from peaked to flat; a row of symbols is coded with the one that makes it
 shortest, and a byte names it.
 """
@@ -73,7 +74,8 @@ def histogram(q: np.ndarray, reach: int) -> np.ndarray:
 
 
 def bank(pmfs: Iterable[np.ndarray]) -> Tables:
-    """A bank from probability functions [2 m + 1] of the values -m..m, m <= 127. The width is the one that codes shortest.
+    """A bank from probability functions [2 m + 1] of the values -m..m, m <= 127. The width is the one that codes
+    shortest.
 
     Ties (.5 % and .002 bits) go to the wider table, which decodes faster.
     """

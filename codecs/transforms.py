@@ -12,7 +12,8 @@ F16_MAX = 65504.0
 
 @register_stage("sinks")
 class Sinks(Stage):
-    """Keeps the first tokens in float16 beside the stream and passes the others on: attention sinks tolerate no error."""
+    """Keeps the first tokens in float16 beside the stream and passes the others on: attention sinks tolerate no
+    error."""
 
     tokens: int = pydantic.Field(default=4, ge=0)
 

@@ -42,7 +42,8 @@ class Document:
 
 
 def measure(runner: Any, codec: Any, document: Document, repeat: int = 1) -> dict[str, float]:
-    """bits per element, kl, top1_agreement, delta_nll, encode_mb_s and decode_mb_s (MB of 16-bit KV) of one document."""
+    """bits per element, kl, top1_agreement, delta_nll, encode_mb_s and decode_mb_s (MB of 16-bit KV) of one
+    document."""
     post = getattr(codec, "keys", "pre_rope") == "post_rope"
     chunk = rotated(runner, document.chunk) if post else document.chunk
     elements = sum(k.numel() + v.numel() for k, v in chunk.layers)

@@ -36,7 +36,8 @@ def fit_profile(
 ) -> Profile:
     """A profile of `codec` for the runner's model, saved to `output`.
 
-    data: sources of `texts.documents`. tokens: of calibration, at most; they are cut into windows of context_tokens. Every
+    data: sources of `texts.documents`. tokens: of calibration, at most; they are cut into windows of
+    context_tokens. Every
     sixth window is left out of the fit, and measures bits per element and KL at several steps. Captured windows lie in
     OUTPUT.parts until the profile is written: an interrupted fit goes on there. Raises ConfigError, DataError.
     """

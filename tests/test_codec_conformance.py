@@ -68,8 +68,6 @@ CASES = {
     "int4": Case("int4", 0.15),
     "kivi": Case("kivi", 0.12),
     "hadamard": Case("hadamard", 0.12, ZLIB),
-    "fisher_klt": Case("fisher_klt", 0.12, ZLIB),
-    "fisher_diagonal": Case("fisher_diagonal", 0.12, ZLIB),
     "cachegen": Case("cachegen", 0.1, ZLIB),
     "cachegen_paper": Case({"id": "cachegen", "mode": "paper"}, 0.4, ZLIB),
     "fisher_klt": Case("fisher_klt", 0.12, ZLIB),

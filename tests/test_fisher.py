@@ -100,7 +100,8 @@ def test_every_length_and_type_comes_back(path, tokens, dtype):
     data = codec.encode(chunk)
     out = codec.decode(data)
     assert torch.equal(out.tokens, chunk.tokens)
-    assert all(x.dtype == dtype and x.shape == y.shape for p, q in zip(out.layers, chunk.layers, strict=True) for x, y in zip(p, q, strict=True))  # fmt: skip
+    pairs = [(x, y) for p, q in zip(out.layers, chunk.layers, strict=True) for x, y in zip(p, q, strict=True)]
+    assert all(x.dtype == dtype and x.shape == y.shape for x, y in pairs)
     assert error(chunk, out) < 0.05
     first, later = codec.decode_layers(data, 0)[0], out.layers[0]
     assert torch.equal(first[0], later[0])

@@ -1,6 +1,7 @@
 """Calibration data of a Hugging Face model: its KV on some text, and the gradients that say what matters in it.
 
-Each document is a file in a folder, so a fit that was cut short goes on where it stopped, and only one layer is in memory.
+Each document is a file in a folder, so a fit that was cut short goes on where it stopped, and only one layer is in
+memory.
 """
 
 import hashlib
@@ -65,9 +66,11 @@ def capture(runner: HFRunner, ids: Tensor, context: int, path: Path, seed: int =
     """Write one document's calibration data.
 
     ids: [T + n] int64; the first `context` = T are the document, the others continue it. Labels of the n rows are drawn
-    from the model (seed), and the summed loss is differentiated by the KV of the T tokens, keys before RoPE: the expected
+    from the model (seed), and the summed loss is differentiated by the KV of the T tokens, keys before RoPE: the
+    expected
     outer product of that gradient is the Fisher information (Martens 2014, arXiv 1412.1193).
-    File: ids [T]; per layer k, v [T - 4, H D] float16, mk, mv [H, D, D] summed outer products, ek, ev [T - 4, H] energies.
+    File: ids [T]; per layer k, v [T - 4, H D] float16, mk, mv [H, D, D] summed outer products, ek, ev [T - 4, H]
+    energies.
     """
     tokens, every = ids[:context], torch.arange(len(ids))
     kv = runner.new_kv(context)
