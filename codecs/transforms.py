@@ -24,6 +24,8 @@ class Sinks(Stage):
     def decode(self, y: np.ndarray, side: memoryview, plane: Plane) -> np.ndarray:
         n = min(self.tokens, plane.tokens)
         head = array(side, "<f2", (plane.channels, n)).astype(np.float32)
+        if y.shape[1] != plane.tokens - n:
+            raise CorruptChunkError(f"{y.shape[1]} tokens behind {n} sinks of {plane.tokens}")
         out = np.empty((plane.tokens, plane.channels), np.float32)  # token by token, as the chunk wants it
         out[:n], out[n:] = head.T, rows(y, plane).T
         return out.T

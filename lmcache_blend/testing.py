@@ -201,14 +201,15 @@ class CodecConformance:
     def test_other_codecs_chunks_are_refused(self) -> None:
         for codec, chunk, case in self._cases(self.tokens[2:3]):
             data = codec.encode(chunk)
-            header = Header(
-                {"id": "another"}, len(chunk), shapes_of(chunk), (("float32",) * 2,) * len(chunk.layers), ()
-            )
-            header, segments = replace(header, groups=(len(chunk.layers),)), [b""]
+            count = len(chunk.layers)
+            types = tuple(("float32", "float32") for _ in range(count))
+            header, segments = Header({"id": "another"}, len(chunk), shapes_of(chunk), types, (count,)), [b""]
             if data.startswith(b"LMCB\1"):
                 mine = Container(data)
                 header = replace(mine.header, codec={**mine.header.codec, "id": "another"})
                 segments = [bytes(mine.segment(1 + i)) for i in range(len(mine.header.groups))]
+                other = pack(replace(mine.header, profile="0" * 64), chunk.tokens, segments)
+                raises(CorruptChunkError, codec.decode, other, f"{case}: another profile")
             raises(CorruptChunkError, codec.decode, pack(header, chunk.tokens, segments), f"{case}: codec 'another'")
             if codec.get_config()["id"] != "raw":
                 raises(CorruptChunkError, codec.decode, get_codec("raw").encode(chunk), f"{case}: a raw chunk")

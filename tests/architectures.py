@@ -183,12 +183,12 @@ def wrong_mask() -> Iterator[None]:
 @contextmanager
 def wrong_positions(runner: HFRunner) -> Iterator[None]:
     """Chosen rows one position off, as in a blend that forgets its offset; a shift of all rows would change nothing."""
-    run = runner._run
-    runner._run = lambda f, ids, at, n: run(f, ids, at if at.shape[1] == f.length else at + 1, n)
+    run = runner.run_rows
+    runner.run_rows = lambda f, ids, at, n: run(f, ids, at if at.shape[1] == f.length else at + 1, n)
     try:
         yield
     finally:
-        del runner._run
+        del runner.run_rows
 
 
 def main() -> None:

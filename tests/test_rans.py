@@ -50,6 +50,22 @@ def test_any_rows_come_back_with_any_tables(q, tables, data):
     assert np.array_equal(rans.decode_reference(stream, ids, q.shape[1], tables), q)
 
 
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(0, 90), max_size=6), seed=st.integers(0, 999))
+def test_rows_of_different_lengths_come_back(lengths, seed):
+    starts = rans.row_starts(np.array(lengths))
+    assert (starts % 4 == 0).all()
+    rows = [laplace(1, n, 3.0, seed + i)[0] for i, n in enumerate(lengths)]
+    q = np.zeros(starts[-1], np.int16)
+    for at, row in zip(starts, rows, strict=False):
+        q[at : at + len(row)] = row
+    ids = np.random.default_rng(seed).integers(0, len(BANK), len(rows)).astype(np.uint8)
+    stream = rans.encode_rows(q, np.array(lengths), ids, BANK)
+    out = rans.decode_rows(stream, np.array(lengths), ids, BANK)
+    for at, row in zip(starts, rows, strict=False):
+        assert np.array_equal(out[at : at + len(row)], row)
+
+
 def test_every_length_to_300_is_exact():
     for length in range(1, 301):
         q = np.concatenate([laplace(1, length, scale, length) for scale in (0.02, 1.0, 40.0)])
