@@ -122,12 +122,20 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
     table = Table("data", "codec", "bits / element", "KL", "top-1", "delta NLL", "encode MB/s", "decode MB/s")
     for row in rows:
-        config = {k: v for k, v in row["codec"].items() if v not in (None, False) and k not in ("id", "profile")}
-        name = row["codec"]["id"] + (" " + json.dumps(config) if config else "")
+        name = _short(row["codec"])
         numbers = [f"{row['bits_per_element']:.3f}", f"{row['kl']:.5f}", f"{row['top1_agreement']:.3f}"]
         numbers += [f"{row['delta_nll']:+.4f}", f"{row['encode_mb_s']:.0f}", f"{row['decode_mb_s']:.0f}"]
         table.add_row(row["data"], name, *numbers)
     Console().print(table)
+
+
+def _short(config: dict[str, Any]) -> str:
+    """Id and the settings that are not the codec's defaults."""
+    from lmcache_blend.codecs import codecs
+
+    fields = getattr(codecs.get(config["id"]), "model_fields", {})
+    own = {k: v for k, v in config.items() if k in fields and v != fields[k].default}
+    return config["id"] + "".join(f" {k}={Path(v).name if k == 'profile' else v}" for k, v in own.items())
 
 
 def _inspect(arguments: argparse.Namespace, write_json: Any) -> None:
