@@ -15,9 +15,12 @@ from lmcache_blend.codecs.base import codecs
 from lmcache_blend.codecs.entropy import Rans
 from lmcache_blend.codecs.pipeline import PipelineCodec, members
 from lmcache_blend.codecs.quantise import Uniform
-from lmcache_blend.codecs.stages import Plane, Stage, register_stage
+from lmcache_blend.codecs.stages import NotCodable, Plane, Stage, register_stage
 from lmcache_blend.codecs.transforms import Sinks, rows
 from lmcache_blend.errors import CorruptChunkError
+
+LARGEST_DIM = 1024
+"""A rotation is a D x D matrix in memory: a chunk of few bytes must not ask for a large one."""
 
 
 @register_stage("hadamard")
@@ -27,11 +30,15 @@ class HadamardStage(Stage):
     seed: int = pydantic.Field(default=0, ge=0)
 
     def encode(self, x: np.ndarray, plane: Plane) -> tuple[np.ndarray, bytes]:
+        if largest_dim(plane) > LARGEST_DIM:
+            raise NotCodable
         return self._rotate(x, plane, inverse=False), b""
 
     def decode(self, y: np.ndarray, side: memoryview, plane: Plane) -> np.ndarray:
         if len(side):
             raise CorruptChunkError(f"{len(side)} bytes are beside a rotation, which needs none")
+        if largest_dim(plane) > LARGEST_DIM:
+            raise CorruptChunkError(f"heads of {largest_dim(plane)} channels are not rotated, only up to {LARGEST_DIM}")
         return self._rotate(rows(y, plane), plane, inverse=True)
 
     def _rotate(self, x: np.ndarray, plane: Plane, inverse: bool) -> np.ndarray:
@@ -56,6 +63,11 @@ class Hadamard(PipelineCodec):
 
     def stages(self, plane: Plane) -> Sequence[Stage]:
         return (Sinks(tokens=self.sinks), HadamardStage(), Uniform(step=self.step), Rans())
+
+
+def largest_dim(plane: Plane) -> int:
+    """Largest D in the plane."""
+    return max(plane.shapes[layer - plane.first][2 * slot + 1] for layer, slot in members(plane))
 
 
 @lru_cache(maxsize=64)

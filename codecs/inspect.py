@@ -22,6 +22,7 @@ from lmcache_blend.codecs.stages import Plane, stages
 from lmcache_blend.errors import CorruptChunkError, LMCacheBlendError
 
 DIGEST_BYTES = 32
+OVERHEAD = ("header", "token_id", "padding")
 SLOTS: dict[int, tuple[str, ...]] = {1: ("kv",), 2: ("k", "v")}
 
 
@@ -78,11 +79,8 @@ def render(description: dict[str, Any]) -> str:
     if d.get("segments"):
         out = StringIO()
         Console(file=out, width=120, markup=False, highlight=False).print(_table(d["segments"]))
-        lines += [*(line.rstrip() for line in out.getvalue().splitlines())]
+        lines += [line.rstrip() for line in out.getvalue().splitlines()]
     return "\n".join(lines) + "\n"
-
-
-OVERHEAD = ("header", "token_id", "padding")
 
 
 def _table(segments: Sequence[dict[str, Any]]) -> Table:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+import pydantic
 import torch
 
 from lmcache_blend.codecs.base import codecs
@@ -171,8 +172,8 @@ class PipelineCodec(Config):
             if len(body):
                 raise CorruptChunkError(f"{len(body)} bytes are left behind a plain plane")
             return
-        if kind != CODED:
-            raise CorruptChunkError(f"a plane starts with {kind!r}, neither coded nor plain")
+        if kind != CODED or not plane.channels * plane.tokens:
+            raise CorruptChunkError(f"a plane of {plane.channels * plane.tokens} elements starts with {kind!r}")
         steps = self.stages(plane)
         x: np.ndarray = np.zeros((0, 0), np.int16)
         for stage, side in zip(reversed(steps), reversed(split(body, len(steps))), strict=True):
@@ -191,9 +192,9 @@ class PipelineCodec(Config):
 class Pipeline(PipelineCodec):
     """Any stages, from JSON: {"id": "pipeline", "k": [{"id": "mean"}, ...], "v": [...]}; without v, as k."""
 
-    k: tuple[dict[str, Any], ...]
+    k: tuple[dict[str, Any], ...] = pydantic.Field(max_length=16)
     """Stages of the keys, in encoding order."""
-    v: tuple[dict[str, Any], ...] | None = None
+    v: tuple[dict[str, Any], ...] | None = pydantic.Field(default=None, max_length=16)
     """Stages of the values; null takes those of the keys."""
 
     def stages(self, plane: Plane) -> Sequence[Stage]:

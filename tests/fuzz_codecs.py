@@ -24,6 +24,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -187,11 +188,11 @@ def hostile_header(rng: Rng, data: bytes) -> bytes:
         elif type(old) is int and rng.random() < 0.5:
             holder[key] = rng.choice((old + 1, old - 1, old * 2, -old, old << 20, rng.choice(NUMBERS)))
         elif isinstance(holder, list) and rng.random() < 0.3:
-            holder.insert(key, holder[key]) if rng.random() < 0.5 else holder.pop(key)
+            holder.insert(key, deepcopy(old)) if rng.random() < 0.5 else holder.pop(key)
         elif isinstance(holder, dict) and rng.random() < 0.3:
             holder[rng.choice(("self", "profile", "id", "x", "k", "v", "cls"))] = holder.pop(key)
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = deepcopy(rng.choice(VALUES))
     if rng.random() < 0.1:
         holder, key = rng.choice(list(leaves(raw)))
         holder[key] = nested(rng.choice((20, 300, 900)))

@@ -344,6 +344,18 @@ def test_small_chunks_stay_small(tables, packed):
         tracemalloc.stop()
 
 
+def test_a_rotation_of_a_huge_head_is_not_made():
+    dim = 1 << 14
+    size = join([struct.pack("<II", dim, 0), zlib.compress(bytes(dim), 9), stream(dim)])
+    refused(bomb([SINKS, {"id": "hadamard"}, UNIFORM, {"id": "rans"}], [bytes(2 * dim), b"", bytes(4), size], dim))
+
+
+def test_a_plane_without_elements_is_never_coded():
+    raw, parts = opened(bomb([{"id": "recent"}, UNIFORM, {"id": "rans"}], [b"", bytes(4), b""], 1))
+    empty = b"\0" + join([b"", bytes(4), join([bytes(8), zlib.compress(b""), stream(0)])])
+    refused(sealed(raw, [parts[0], join([b"\1" + bytes(2), empty])]))
+
+
 def test_a_table_per_row_needs_no_table_in_memory():
     """The first bomb is a true chunk: the same bytes come from the encoder where there are fewer rows."""
     zeros = np.zeros((3, 1), np.int16)
