@@ -6,14 +6,19 @@ sum to
 shortest, and a byte names it.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
 
+from lmcache_blend.errors import LMCacheBlendError
+
 ESCAPE, MAP_SIZE, REACH = 255, 1024, 127
-BANK_SIZE = 96
+BANK_SIZE, RATIO = 96, 1.1120069120453122
+"""Means of the built-in tables rise by this from one to the next."""
+BANK_DIGEST = "e484f611fd77d9c3a8ec6261260e0e308561463a4bf63682647baad89e396a94"
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,14 @@ def bank(pmfs: Iterable[np.ndarray]) -> Tables:
 @lru_cache
 def laplace_bank(size: int = BANK_SIZE) -> Tables:
     """The built-in bank: discretised Laplace distributions with mean magnitudes from 1/400 to 60, in equal ratios."""
-    return bank(_laplace(m) for m in np.geomspace(1 / 400, 60, size))
+    means = np.cumprod(np.append(1 / 400, np.full(size - 1, RATIO)))
+    made = bank(_laplace(m) for m in means)
+    digest = hashlib.sha256()
+    for part, kind in ((made.freq, "<u2"), (made.width, "u1"), (made.values, "<i2")):
+        digest.update(part.astype(kind).tobytes())
+    if size == BANK_SIZE and digest.hexdigest() != BANK_DIGEST:
+        raise LMCacheBlendError("the built-in tables come out otherwise on this machine: chunks would be misread")
+    return made
 
 
 def exact(counts: np.ndarray, bits: int) -> Tables:
@@ -159,11 +171,11 @@ def _code(values: np.ndarray, width: int, reach: int) -> np.ndarray:
 
 
 def _laplace(mean: float) -> np.ndarray:
-    """Probabilities of -127..127 for a rounded Laplace variable whose rounded magnitude has the given mean."""
-    low, high = 1e-3, 1e3  # scale; the mean of the rounded magnitude is exp(-1/2b) / (1 - exp(-1/b)), rising in b
-    for _ in range(80):
-        b = (low * high) ** 0.5
-        low, high = (b, high) if np.exp(-0.5 / b) / (1 - np.exp(-1 / b)) < mean else (low, b)
-    k = np.abs(np.arange(-REACH, REACH + 1))
-    inside = np.exp(-(k - 0.5) / b) * (1 - np.exp(-1 / b)) / 2
-    return np.where(k == 0, 1 - np.exp(-0.5 / b), inside)
+    """Probabilities of -127..127 for a rounded Laplace variable whose rounded magnitude has the given mean.
+
+    With s = exp(-1 / 2b) the mean is s / (1 - s^2) and P(k) = s^(2|k| - 1) (1 - s^2) / 2: no exp, so that every machine
+    has the same bits.
+    """
+    s = ((1 + 4 * mean * mean) ** 0.5 - 1) / (2 * mean)
+    tail = np.cumprod(np.append(s, np.full(REACH - 1, s * s))) * ((1 - s * s) / 2)
+    return np.concatenate((tail[::-1], [1 - s], tail))
