@@ -2,9 +2,8 @@
 
 Tokens fall into classes; class k has the step 2^((k - middle)/2) times the base step. A coefficient of known spread
 is coded in each class with the table of the ratio of its spread to the class's step, so nothing about tables is in
-the stream.
-What is coded with one table is put into one row, class by class, coefficient by coefficient; where the spread is so
-far below the step that everything rounds to 0, nothing is coded at all.
+the stream. What is coded with one table is put into one row, class by class, coefficient by coefficient; where the
+spread is so far below the step that everything rounds to 0, nothing is coded at all.
 """
 
 from dataclasses import dataclass

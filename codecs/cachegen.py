@@ -102,7 +102,3 @@ class CacheGen(PipelineCodec):
                 )
         profile.check_shapes(shapes)
         return profile
-
-    @property
-    def profile_digest(self) -> str | None:
-        return None if self.profile is None else Profile.load(self.profile).digest

@@ -24,9 +24,9 @@ from lmcache_blend.codecs.container import join, split
 from lmcache_blend.codecs.entropy import Rans
 from lmcache_blend.codecs.profile import Profile
 from lmcache_blend.codecs.quantise import LARGEST, to_symbols
-from lmcache_blend.codecs.smallest import RansSmallest, tables_from
+from lmcache_blend.codecs.smallest import RansSmallest
 from lmcache_blend.codecs.stages import EMPTY, NotCodable, Plane, Stage, register_stage
-from lmcache_blend.codecs.tables import REACH, Tables, histogram, normalise
+from lmcache_blend.codecs.tables import REACH, Tables, histogram, normalise, tables_from
 from lmcache_blend.errors import ConfigError, CorruptChunkError
 
 Level = Literal[1, 2, 3]

@@ -1,13 +1,12 @@
 """fisher_klt and fisher_diagonal: transforms of pre-RoPE keys and values fitted to what the model's output depends on.
 
-Per group of layers, K and V are one vector per token. From it goes the mean, and what the token's own id foretells
-(a linear
-map of a small learned table of token features: both sides know the ids). The rest is turned into the eigenvectors
-of its
-covariance in the tempered Fisher metric, M^(1/2) S M^(1/2) with M = E[g g^T] of the loss with labels drawn from
-the model, quantised by plain rounding with one step for the whole model, and coded with a bank of static tables.
-Tokens that the output depends on more, by a linear map of their KV that is fitted to the gradients' energy, get a finer
-step: a class per token is in the stream. Coefficients that round to zero everywhere are neither coded nor computed.
+Per group of layers, K and V are one vector per token. From it goes the mean, and what the token's own id foretells (a
+linear map of a small learned table of token features: both sides know the ids). The rest is turned into the
+eigenvectors of its covariance in the tempered Fisher metric, M^(1/2) S M^(1/2) with M = E[g g^T] of the loss with
+labels drawn from the model, quantised by plain rounding with one step for the whole model, and coded with a bank of
+static tables. Tokens that the output depends on more, by a linear map of their KV that is fitted to the gradients'
+energy, get a finer step: a class per token is in the stream. Coefficients that round to zero everywhere are neither
+coded nor computed.
 
 The transform coding follows KVTC (arXiv 2511.01815); the Fisher metric, the token table and the classes are our own.
 """
@@ -17,7 +16,7 @@ import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from lmcache_blend.codecs import adaptive, rans
 from lmcache_blend.codecs.base import codecs
 from lmcache_blend.codecs.container import Container, Shape, array, join, split
 from lmcache_blend.codecs.entropy import Rans, inflate
-from lmcache_blend.codecs.pipeline import PipelineCodec
+from lmcache_blend.codecs.pipeline import PipelineCodec, codec_id
 from lmcache_blend.codecs.profile import Profile
 from lmcache_blend.codecs.quantise import Uniform
 from lmcache_blend.codecs.stages import EMPTY, NotCodable, Plane, Stage
@@ -50,10 +49,9 @@ log = logging.getLogger("lmcache_blend.codecs")
 class Group:
     """What is fitted for one group of layers; D its channels, R coefficients, F token features.
 
-    mean [D]. forward [D, R] and inverse [R, D], or both [D] for fisher_diagonal. levels [R] int32, falling: the
-    spread of
-    the coefficients in 1/64 octaves of the profile's unit. predict [F, D]: the foretold vector. score [D + F + 1]: log
-    importance as a linear map of vector, features and 1; score_range: its lowest and highest value.
+    mean [D]. forward [D, R] and inverse [R, D], or both [D] for fisher_diagonal. levels [R] int32, falling: the spread
+    of the coefficients in 1/64 octaves of the profile's unit. predict [F, D]: the foretold vector. score [D + F + 1]:
+    log importance as a linear map of vector, features and 1; score_range: its lowest and highest value.
     """
 
     mean: np.ndarray
@@ -63,11 +61,6 @@ class Group:
     predict: np.ndarray
     score: np.ndarray
     score_range: np.ndarray
-
-    @cached_property
-    def rows(self) -> torch.Tensor:
-        """[R + F, D]: coefficients and features of a token, one after the other, to its vector."""
-        return torch.from_numpy(np.concatenate((self.inverse, self.predict)))
 
 
 class Fitted:
@@ -124,19 +117,17 @@ class Coded(Stage):
         used = _used(ids, group)
         where = adaptive.layout(classes, ids[used])
         symbols = rans.decode_rows(stream, where.lengths, where.tables, fitted.tables)
-        diagonal = group.inverse.ndim == 1
-        features = 0 if diagonal else len(group.predict)
-        count = len(where.offsets)
-        parts = np.empty((count + features, length), np.float32)
+        parts = np.empty((len(where.offsets), length), np.float32)
         steps = adaptive.class_steps(step)
         adaptive.scatter(symbols, where.order, where.bounds, where.offsets, steps, parts)
-        if diagonal:
+        if group.inverse.ndim == 1:
             out = np.repeat(group.mean[:, None], length, 1)
             out[used] += parts * group.inverse[used, None]
             return out
-        parts[count:] = self._features(plane, length).numpy()
-        rows = torch.cat((group.rows[:count], group.rows[len(group.inverse) :]))
-        return torch.addmm(torch.from_numpy(group.mean), torch.from_numpy(parts).T, rows).numpy().T
+        foretold = torch.addmm(
+            torch.from_numpy(group.mean), self._features(plane, length).T, torch.from_numpy(group.predict)
+        )
+        return foretold.addmm_(torch.from_numpy(parts).T, torch.from_numpy(group.inverse[: len(parts)])).numpy().T
 
     def _features(self, plane: Plane, length: int) -> torch.Tensor:
         """[F, T] float32 features of the tokens behind the first `skip`; ids beyond the table have none."""
@@ -218,29 +209,16 @@ class FisherCodec(PipelineCodec):
         if self.profile is None:
             return None
         profile = Profile.load(self.profile)
-        wanted = type(self).get_id()
+        wanted = codec_id(type(self))
         if profile.codec != wanted:
             raise ConfigError(f"profile {self.profile!r} was fitted for {profile.codec!r}, not for {wanted!r}")
-        return _fitted(profile.digest, _Same(profile))
-
-    @classmethod
-    def get_id(cls) -> str:
-        return next(name for name in codecs if codecs.get(name) is cls)
-
-    @property
-    def profile_digest(self) -> str | None:
-        return None if self.profile is None else Profile.load(self.profile).digest
+        return _fitted(self.profile, profile.digest)
 
     def profile_for(self, shapes: tuple[Shape, ...]) -> Fitted | None:
         fitted = self.fitted
         if fitted is not None:
             fitted.profile.check_shapes(shapes)
         return fitted
-
-    def check_model(self, fingerprint: str, name: str) -> None:
-        """Raises ConfigError where the profile belongs to another model."""
-        if self.fitted is not None:
-            self.fitted.profile.check_model(fingerprint, name)
 
     def layers_per_segment(self, num_layers: int) -> int:
         return self.fitted.size if self.fitted is not None else 1
@@ -294,14 +272,13 @@ class FisherCodec(PipelineCodec):
             log.warning(
                 "%s needs %.2f bits per element where its fit expects %.2f: the text is unlike that of the profile %s; "
                 "fit one on text like yours (lmcache-blend codec fit --data)",
-                self.get_id(), rate.bits, rate.expected, self.profile,
+                codec_id(type(self)), rate.bits, rate.expected, self.profile,
             )  # fmt: skip
 
 
 @codecs.register("fisher_klt")
 class FisherKLT(FisherCodec):
-    """Fisher-metric KLT over K and V of a group of layers, token table, adaptive steps, rANS; the smallest at
-    equal KL."""
+    """Fisher-metric KLT over K and V of a group of layers, token table, adaptive steps, rANS: the smallest."""
 
 
 @codecs.register("fisher_diagonal")
@@ -347,19 +324,6 @@ def _wide(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
-class _Same:
-    """Hides a profile from lru_cache's key: the digest stands for it."""
-
-    def __init__(self, profile: Profile):
-        self.profile = profile
-
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    def __hash__(self) -> int:
-        return 0
-
-
 @lru_cache(maxsize=8)
-def _fitted(digest: str, same: _Same) -> Fitted:
-    return Fitted(same.profile)
+def _fitted(path: str, digest: str) -> Fitted:
+    return Fitted(Profile.load(path))

@@ -14,6 +14,7 @@ import torch
 
 from lmcache_blend.codecs.base import codecs
 from lmcache_blend.codecs.container import DTYPES, Container, Header, Shape, join, pack, split
+from lmcache_blend.codecs.profile import Profile
 from lmcache_blend.codecs.stages import NotCodable, Plane, Stage, stages
 from lmcache_blend.config import Config
 from lmcache_blend.errors import ConfigError, CorruptChunkError, LMCacheBlendError, UnknownNameError
@@ -52,7 +53,17 @@ class PipelineCodec(Config):
 
     @property
     def profile_digest(self) -> str | None:
-        return None
+        return None if self._path is None else Profile.load(self._path).digest
+
+    def check_model(self, fingerprint: str, name: str) -> None:
+        """Raises ConfigError where the codec's profile belongs to another model."""
+        if self._path is not None:
+            Profile.load(self._path).check_model(fingerprint, name)
+
+    @property
+    def _path(self) -> str | None:
+        """Of the profile; most codecs have none."""
+        return getattr(self, "profile", None)
 
     def get_config(self) -> dict[str, Any]:
         return {"id": codec_id(type(self)), **self.model_dump(mode="json")}
@@ -118,11 +129,11 @@ class PipelineCodec(Config):
         """This codec with the settings that the chunk was coded with; its profile is never taken from the chunk."""
         if header.codec["id"] != codec_id(type(self)):
             raise CorruptChunkError(f"the chunk is coded with {header.codec['id']!r}, not {codec_id(type(self))!r}")
-        mine = {"profile": self.profile} if "profile" in type(self).model_fields else {}
+        mine = {"profile": self._path} if "profile" in type(self).model_fields else {}
         try:
             codec = _configured(type(self), json.dumps({**header.codec, **mine}))
             digest = codec.profile_digest
-        except (LMCacheBlendError, TypeError) as error:
+        except LMCacheBlendError as error:
             raise CorruptChunkError(f"the chunk's codec config is malformed: {error}") from None
         if digest != header.profile:
             raise CorruptChunkError(
@@ -206,11 +217,7 @@ def make_stage(config: dict[str, Any]) -> Stage:
     """A stage from its JSON config. Raises UnknownNameError, ConfigError."""
     if not isinstance(config.get("id"), str):
         raise ConfigError(f'stage {config!r} has no "id"; known ids: {", ".join(stages)}')
-    factory, settings = stages.get(config["id"]), {k: v for k, v in config.items() if k != "id"}
-    try:
-        return factory(**settings)
-    except TypeError as error:  # a setting named self
-        raise ConfigError(f"stage {config['id']!r} refuses {settings}: {error}") from None
+    return stages.get(config["id"])(**{k: v for k, v in config.items() if k != "id"})
 
 
 def codec_id(cls: type) -> str:

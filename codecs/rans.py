@@ -16,13 +16,11 @@ import struct
 import numba as nb
 import numpy as np
 
-from lmcache_blend.codecs.tables import ESCAPE, Tables
+from lmcache_blend.codecs.tables import ESCAPE, MISSING, Tables
 from lmcache_blend.errors import CorruptChunkError
 
 LANES, LOW = 32, 1 << 16
 HEAD = struct.Struct("<II")
-MISSING = -32768
-"""What a decoded escape reads before its value is filled in; never coded as a value."""
 
 
 def encode(q: np.ndarray, ids: np.ndarray, tables: Tables) -> bytes:
@@ -66,7 +64,7 @@ def decode_rows(data: bytes | memoryview, lengths: np.ndarray, ids: np.ndarray, 
     padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
     t = tables
     used = _decode(padded, len(words), states, starts, lengths, ids, t.width, t.lut, t.values, t.bits, out)
-    _check_end(used, len(words), states)
+    _check_end(int(used), len(words), states)
     if _fill(out, starts, lengths, ids, tables.width, escapes) != len(escapes):
         raise CorruptChunkError("the number of escaped values does not fit the symbols")
     return out
@@ -83,7 +81,8 @@ def decode_exact(data: bytes | memoryview, freq: np.ndarray, length: int) -> np.
     words, states, escapes = _parse(data)
     out = np.empty((len(freq), length), np.int16)
     padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
-    _check_end(_decode_exact(padded, len(words), states, freq, length, out), len(words), states)
+    used = _decode_exact(padded, len(words), states, freq, length, out)
+    _check_end(int(used), len(words), states)
     if len(escapes):
         raise CorruptChunkError("a stream with exact tables has no escapes")
     return out
@@ -187,6 +186,17 @@ def _encode(symbols, starts, lengths, ids, width, freqs, cums, bits, words):
     return at, x
 
 
+@nb.njit(nogil=True, cache=True, boundscheck=False, inline="always")
+def _step(x, i, lut, mask, shift, words, at):
+    """Decode one symbol of lane i; returns it and the place of the next word."""
+    e = lut[x[i] & mask]
+    s = ((e >> np.uint32(20)) + np.uint32(1)) * (x[i] >> shift) + ((e >> np.uint32(8)) & np.uint32(4095))
+    more = (s << np.uint32(16)) | np.uint32(words[at])  # read in any case: a select, not a branch
+    need = s < np.uint32(65536)
+    x[i] = more if need else s
+    return e & np.uint32(255), at + np.int64(need)
+
+
 @nb.njit(nogil=True, cache=True, boundscheck=False)
 def _decode(words, count, states, starts, lengths, ids, width, luts, values, bits, out):
     """Returns the number of words read, or -1 where they ran out. `words` has 32 more behind its `count`."""
@@ -204,53 +214,27 @@ def _decode(words, count, states, starts, lengths, ids, width, luts, values, bit
             if w == 1:
                 part = row[b * 32 : b * 32 + 32]
                 for i in range(32):
-                    e = lut[x[i] & mask]
-                    s = ((e >> np.uint32(20)) + np.uint32(1)) * (x[i] >> shift) + (
-                        (e >> np.uint32(8)) & np.uint32(4095)
-                    )
-                    more = (s << np.uint32(16)) | np.uint32(words[at])  # read in any case: a select, not a branch
-                    need = s < np.uint32(65536)
-                    x[i] = more if need else s
-                    at += np.int64(need)
-                    part[i] = single[e & np.uint32(255)]
+                    k, at = _step(x, i, lut, mask, shift, words, at)
+                    part[i] = single[k]
             elif w == 2:
                 part = row[b * 64 : b * 64 + 64]
                 for i in range(32):
-                    e = lut[x[i] & mask]
-                    s = ((e >> np.uint32(20)) + np.uint32(1)) * (x[i] >> shift) + (
-                        (e >> np.uint32(8)) & np.uint32(4095)
-                    )
-                    more = (s << np.uint32(16)) | np.uint32(words[at])  # read in any case: a select, not a branch
-                    need = s < np.uint32(65536)
-                    x[i] = more if need else s
-                    at += np.int64(need)
-                    part[2 * i] = val[e & np.uint32(255), 0]
-                    part[2 * i + 1] = val[e & np.uint32(255), 1]
+                    k, at = _step(x, i, lut, mask, shift, words, at)
+                    part[2 * i] = val[k, 0]
+                    part[2 * i + 1] = val[k, 1]
             else:
                 part = row[b * 128 : b * 128 + 128]
                 for i in range(32):
-                    e = lut[x[i] & mask]
-                    s = ((e >> np.uint32(20)) + np.uint32(1)) * (x[i] >> shift) + (
-                        (e >> np.uint32(8)) & np.uint32(4095)
-                    )
-                    more = (s << np.uint32(16)) | np.uint32(words[at])  # read in any case: a select, not a branch
-                    need = s < np.uint32(65536)
-                    x[i] = more if need else s
-                    at += np.int64(need)
-                    for k in range(4):
-                        part[4 * i + k] = val[e & np.uint32(255), k]
+                    k, at = _step(x, i, lut, mask, shift, words, at)
+                    for place in range(4):
+                        part[4 * i + place] = val[k, place]
         if at > count:
             return np.int64(-1)
         for j in range(steps // 32 * 32, steps):
             i = j & 31
-            e = lut[x[i] & mask]
-            s = ((e >> np.uint32(20)) + np.uint32(1)) * (x[i] >> shift) + ((e >> np.uint32(8)) & np.uint32(4095))
-            more = (s << np.uint32(16)) | np.uint32(words[at])  # read in any case: a select, not a branch
-            need = s < np.uint32(65536)
-            x[i] = more if need else s
-            at += np.int64(need)
-            for k in range(w):
-                row[j * w + k] = val[e & np.uint32(255), k]
+            k, at = _step(x, i, lut, mask, shift, words, at)
+            for place in range(w):
+                row[j * w + place] = val[k, place]
         if at > count:
             return np.int64(-1)
     states[:] = x
@@ -275,13 +259,7 @@ def _decode_exact(words, count, states, freqs, length, out):
             i = j & 31
             if i == 0 and at > count:
                 return np.int64(-1)
-            e = lut[x[i] & np.uint32(255)]
-            v = ((e >> np.uint32(20)) + np.uint32(1)) * (x[i] >> np.uint32(8)) + ((e >> np.uint32(8)) & np.uint32(4095))
-            more = (v << np.uint32(16)) | np.uint32(words[at])
-            need = v < np.uint32(65536)
-            x[i] = more if need else v
-            at += np.int64(need)
-            out[r, j] = e & np.uint32(255)
+            out[r, j], at = _step(x, i, lut, np.uint32(255), np.uint32(8), words, at)
         if at > count:
             return np.int64(-1)
     states[:] = x

@@ -4,7 +4,6 @@ Tables are made by compiled loops here: with a table per row, making them costs 
 """
 
 import zlib
-from functools import cached_property
 
 import numba as nb
 import numpy as np
@@ -13,7 +12,7 @@ from lmcache_blend.codecs import rans
 from lmcache_blend.codecs.container import array, join, split
 from lmcache_blend.codecs.entropy import SIZE, checked_size, inflate
 from lmcache_blend.codecs.stages import EMPTY, NotCodable, Plane, Stage, register_stage
-from lmcache_blend.codecs.tables import ESCAPE, MAP_SIZE, REACH, Tables, laplace_bank
+from lmcache_blend.codecs.tables import REACH, laplace_bank, tables_from
 from lmcache_blend.errors import CorruptChunkError
 
 BANK, ROW = b"\0", b"\1"
@@ -61,39 +60,6 @@ class RansSmallest(Stage):
             raise CorruptChunkError(f"symbols start with {kind!r}, which names no kind of table")
         centre, ids = array(inflate(packed, 2 * rows), "u1", (2, rows))
         return rans.decode(stream, ids, length, laplace_bank()) + centre[:, None].astype(np.int16)
-
-
-class PlainTables(Tables):
-    """Tables of single consecutive values: the look-up tables are made without a loop per table."""
-
-    @cached_property
-    def map(self) -> np.ndarray:
-        out = np.full((len(self), MAP_SIZE), ESCAPE, np.uint8)
-        first = self.values[0, 0, 0] + self.reach[0] if len(self) else 0
-        out[:, first : first + ESCAPE] = np.where(self.freq[:, :ESCAPE] > 0, np.arange(ESCAPE), ESCAPE)
-        return out
-
-    @cached_property
-    def lut(self) -> np.ndarray:
-        return _fill(self.freq, self.bits)
-
-
-def tables_from(freq: np.ndarray, first: int, bits: int, escape: np.ndarray | None = None) -> Tables:
-    """Tables at width 1 from frequencies [n, A], A <= 255, of the values first, first + 1, ..., as they are.
-
-    escape: [n], frequency of the escape, None for none. Raises ValueError unless each table sums to 2^bits.
-    """
-    n, size = freq.shape
-    full = np.zeros((n, 256), np.uint16)
-    full[:, :size] = freq
-    full[:, ESCAPE] = 0 if escape is None else escape
-    if (full.sum(1, dtype=np.int64) != 1 << bits).any():
-        raise ValueError(f"a table's frequencies do not sum to {1 << bits}")
-    values = np.zeros((n, 256, 4), np.int16)
-    values[:, :size, 0] = np.arange(first, first + size)
-    values[:, ESCAPE] = rans.MISSING
-    reach = np.full(n, max(-first, first + size - 1), np.int16)
-    return PlainTables(bits, np.ones(n, np.uint8), full, values, reach, np.zeros((n, 2 * REACH + 1), np.float32))
 
 
 @nb.njit(nogil=True, cache=True)
@@ -152,17 +118,3 @@ def _normalise(counts, total):
 def _gain(n, freq, step):
     """Nats that a frequency of one more saves, or one of one less costs, on n symbols; none may reach 0."""
     return n * np.log((freq + step) / freq) if freq + step > 0 else -np.inf
-
-
-@nb.njit(nogil=True, cache=True)
-def _fill(freq, bits):
-    """Tables.lut: by slot, frequency - 1 (12 bits), slot - cum (12), symbol (8)."""
-    out = np.empty((len(freq), 1 << bits), np.uint32)
-    for i in range(len(freq)):
-        at = 0
-        for s in range(256):
-            f = np.int64(freq[i, s])
-            for k in range(f):
-                out[i, at] = ((f - 1) << 20) | (k << 8) | s
-                at += 1
-    return out

@@ -1,9 +1,8 @@
 """Frequency tables for rANS: a bank of shared ones, or one exact table per row.
 
 A table holds at most 255 symbols, each a tuple of `width` neighbouring values, and the escape. Integer frequencies
-sum to
-2^bits. A bank is a handful of tables, ordered from peaked to flat; a row of symbols is coded with the one that makes it
-shortest, and a byte names it.
+sum to 2^bits. A bank is a handful of tables, ordered from peaked to flat; a row of symbols is coded with the one that
+makes it shortest, and a byte names it.
 """
 
 import hashlib
@@ -11,11 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numba as nb
 import numpy as np
 
 from lmcache_blend.errors import LMCacheBlendError
 
 ESCAPE, MAP_SIZE, REACH = 255, 1024, 127
+MISSING = -32768
+"""What a decoded escape reads before its value is filled in; never coded as a value."""
 BANK_SIZE, RATIO = 96, 1.1120069120453122
 """Means of the built-in tables rise by this from one to the next."""
 BANK_DIGEST = "e484f611fd77d9c3a8ec6261260e0e308561463a4bf63682647baad89e396a94"
@@ -47,14 +49,7 @@ class Tables:
     @cached_property
     def lut(self) -> np.ndarray:
         """[n, 2^bits] uint32 by slot: frequency - 1 (12 bits), slot - cum (12), symbol (8)."""
-        out = np.empty((len(self), 1 << self.bits), np.uint32)
-        for i, freq in enumerate(self.freq):
-            symbol = np.repeat(np.arange(256), freq)
-            bias = np.arange(1 << self.bits) - self.cum[i][symbol]
-            out[i] = (
-                ((freq[symbol].astype(np.uint32) - 1) << 20) | (bias.astype(np.uint32) << 8) | symbol.astype(np.uint32)
-            )
-        return out
+        return _slots(self.freq, self.bits)
 
     @cached_property
     def map(self) -> np.ndarray:
@@ -79,10 +74,9 @@ def histogram(q: np.ndarray, reach: int) -> np.ndarray:
 
 
 def bank(pmfs: Iterable[np.ndarray]) -> Tables:
-    """A bank from probability functions [2 m + 1] of the values -m..m, m <= 127. The width is the one that codes
-    shortest.
+    """A bank from probability functions [2 m + 1] of the values -m..m, m <= 127.
 
-    Ties (.5 % and .002 bits) go to the wider table, which decodes faster.
+    The width is the one that codes shortest. Ties (.5 % and .002 bits) go to the wider table, which decodes faster.
     """
     made = []
     for pmf in pmfs:
@@ -106,17 +100,39 @@ def laplace_bank(size: int = BANK_SIZE) -> Tables:
     return made
 
 
+class PlainTables(Tables):
+    """Tables of single consecutive values: the map is made without a loop per table."""
+
+    @cached_property
+    def map(self) -> np.ndarray:
+        out = np.full((len(self), MAP_SIZE), ESCAPE, np.uint8)
+        first = self.values[0, 0, 0] + self.reach[0] if len(self) else 0
+        out[:, first : first + ESCAPE] = np.where(self.freq[:, :ESCAPE] > 0, np.arange(ESCAPE), ESCAPE)
+        return out
+
+
+def tables_from(freq: np.ndarray, first: int, bits: int, escape: np.ndarray | None = None) -> Tables:
+    """Tables at width 1 from frequencies [n, A], A <= 255, of the values first, first + 1, ..., as they are.
+
+    escape: [n], frequency of the escape, None for none. Raises ValueError unless each table sums to 2^bits.
+    """
+    n, size = freq.shape
+    full = np.zeros((n, 256), np.uint16)
+    full[:, :size] = freq
+    full[:, ESCAPE] = 0 if escape is None else escape
+    if (full.sum(1, dtype=np.int64) != 1 << bits).any():
+        raise ValueError(f"a table's frequencies do not sum to {1 << bits}")
+    values = np.zeros((n, 256, 4), np.int16)
+    values[:, :size, 0] = np.arange(first, first + size)
+    values[:, ESCAPE] = MISSING
+    reach = np.full(n, max(-first, first + size - 1), np.int16)
+    return PlainTables(bits, np.ones(n, np.uint8), full, values, reach, np.zeros((n, 2 * REACH + 1), np.float32))
+
+
 def exact(counts: np.ndarray, bits: int) -> Tables:
     """One table per row of counts [n, A], A <= 255, of the values 0..A-1, at width 1; every counted value is coded."""
-    n, size = counts.shape
-    freq = np.zeros((n, 256), np.uint16)
-    for i, row in enumerate(counts):
-        freq[i, :size] = normalise(row, bits)
-    values = np.zeros((n, 256, 4), np.int16)
-    values[:, :, 0] = np.arange(256)
-    values[:, ESCAPE] = -32768
-    cost = np.zeros((n, 2 * REACH + 1), np.float32)
-    return Tables(bits, np.ones(n, np.uint8), freq, values, np.full(n, size - 1, np.int16), cost)
+    freq = [normalise(row, bits) for row in counts]
+    return tables_from(np.stack(freq) if freq else np.zeros(counts.shape, np.uint16), 0, bits)
 
 
 def normalise(p: np.ndarray, bits: int) -> np.ndarray:
@@ -156,7 +172,7 @@ def _table(pmf: np.ndarray, width: int) -> tuple[float, np.ndarray, np.ndarray, 
     values = np.zeros((256, 4), np.int16)
     for place in range(width):
         values[: len(order), place] = order // (2 * reach + 1) ** (width - 1 - place) % (2 * reach + 1) - reach
-    values[ESCAPE] = -32768
+    values[ESCAPE] = MISSING
     cost = np.full(2 * REACH + 1, 28.0, np.float32)
     low = REACH - middle
     cost[low : low + len(pmf)] = np.minimum(28.0, -np.log2(np.maximum(pmf, 2.0**-40)))
@@ -179,3 +195,17 @@ def _laplace(mean: float) -> np.ndarray:
     s = ((1 + 4 * mean * mean) ** 0.5 - 1) / (2 * mean)
     tail = np.cumprod(np.append(s, np.full(REACH - 1, s * s))) * ((1 - s * s) / 2)
     return np.concatenate((tail[::-1], [1 - s], tail))
+
+
+@nb.njit(nogil=True, cache=True)
+def _slots(freq, bits):
+    """Tables.lut: by slot, frequency - 1 (12 bits), slot - cum (12), symbol (8)."""
+    out = np.empty((len(freq), 1 << bits), np.uint32)
+    for i in range(len(freq)):
+        at = 0
+        for s in range(256):
+            f = np.int64(freq[i, s])
+            for k in range(f):
+                out[i, at] = ((f - 1) << 20) | (k << 8) | s
+                at += 1
+    return out

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lmcache_blend.blend.chunks import read_layers, rotated, write_chunk
 from lmcache_blend.blend.runner import Plan
-from lmcache_blend.codecs import get_codec
+from lmcache_blend.codecs import PipelineCodec, Profile, get_codec
 from lmcache_blend.errors import ConfigError, DataError
 from lmcache_blend.eval.texts import documents, windows
 from lmcache_blend.hf.calibrate import text_digest
@@ -77,12 +77,12 @@ def bench(
     codecs = []
     for spec in specs:
         codec = get_codec(spec)
-        if hasattr(codec, "check_model"):
-            codec.check_model(runner.fingerprint, runner.model_id)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(codec, PipelineCodec):
+            codec.check_model(runner.fingerprint, runner.model_id)
         codecs.append((spec, codec))
     if context_tokens < 1 or context_tokens + CONTINUATION > runner.max_tokens:
         raise ConfigError(f"context_tokens = {context_tokens}: choose 1 to {runner.max_tokens - CONTINUATION}")
-    fitted = {t for _, c in codecs if getattr(c, "profile", None) for t in _profile(c).texts}
+    fitted = {t for _, c in codecs if getattr(c, "profile", None) for t in Profile.load(c.profile).texts}
     rows = []
     for source in sources:
         found = windows(documents(source), runner.tokenizer, context_tokens + CONTINUATION, 8 * limit)
@@ -111,15 +111,9 @@ def bench(
     return rows
 
 
-def _profile(codec: Any) -> Any:
-    from lmcache_blend.codecs.profile import Profile
-
-    return Profile.load(codec.profile)
-
-
 def _timed(work: Any, repeat: int) -> tuple[float, Any]:
     """Shortest wall time of `repeat` calls in seconds, and the result."""
-    out, best = work(), float("inf")
+    out, best = None, float("inf")
     for _ in range(repeat):
         began = time.perf_counter()
         out = work()

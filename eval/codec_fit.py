@@ -1,5 +1,6 @@
 """Fit a codec to a model: capture calibration data, fit, and measure bits and KL at a few steps for the budgets."""
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -115,6 +116,4 @@ def _cost(profile: Profile, runner: Any, tokens: int) -> str:
 
 
 def _name(window: Tensor) -> str:
-    import hashlib
-
     return hashlib.sha256(window.to(torch.int64).numpy().tobytes()).hexdigest()[:20]

@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from lmcache_blend.blend.blender import Blender
 from lmcache_blend.blend.policies import policies
-from lmcache_blend.codecs import get_codec
-from lmcache_blend.codecs.fisher import FisherCodec
+from lmcache_blend.codecs import PipelineCodec, get_codec
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import MemoryStore
 from lmcache_blend.errors import ContextLengthError, ResultsError
@@ -86,7 +85,7 @@ def run(request: RunRequest, *, progress: bool = True) -> list[Results]:
     task, routed = check(request)
     runner = load_runner(request.model, dtype=request.dtype, device=request.device)
     codec = get_codec(request.codec)
-    if isinstance(codec, FisherCodec):
+    if isinstance(codec, PipelineCodec):
         codec.check_model(runner.fingerprint, request.model)
     items, skipped = make_items(task, routed, runner)
     _warn_skipped(skipped, len(task.samples))

@@ -94,7 +94,7 @@ def _built_in() -> list[str]:
     code = sorted(Path(os.__file__).parent.glob("*.py"), key=lambda p: p.name)
     kinds = [[t for t in (_read(p) for p in code) if len(t) > 14_000]]
     described = sorted({d.metadata["Name"].lower(): d for d in metadata.distributions()}.items())
-    prose = [str(d.metadata.get_payload() or d.metadata.get("Description") or "") for _, d in described]
+    prose = [str(d.metadata.json.get("description", "")) for _, d in described]
     kinds.append([t for t in prose if len(t) > 3_000])
     kinds.append([_docstrings(name) for name in ("torch", "numpy", "random", "argparse", "logging", "unittest")])
     people = load_task("people_qa", None, limit=24, seed=7).samples

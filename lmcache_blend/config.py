@@ -22,7 +22,7 @@ class Config(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
         unknown = [key for key in data if key not in type(self).model_fields]
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}: {nearest(unknown[0], type(self).model_fields)}")

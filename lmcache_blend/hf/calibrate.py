@@ -27,9 +27,9 @@ class Documents:
 
     def __init__(self, target: FitTarget, files: Sequence[Path]):
         self.target, self._files = target, [safe_open(path, "pt") for path in files]
-        self.ids = [f.get_tensor("ids") for f in self._files]
+        self.ids: Sequence[Tensor] = [f.get_tensor("ids") for f in self._files]
         self.texts = frozenset(text_digest(x) for x in self.ids)
-        self.lengths = [len(x) - SINKS for x in self.ids]
+        self.lengths: Sequence[int] = [len(x) - SINKS for x in self.ids]
 
     def kv(self, layer: int) -> tuple[Tensor, Tensor]:
         return self._rows(f"k{layer}"), self._rows(f"v{layer}")
@@ -51,7 +51,7 @@ class Documents:
 
 def fit_target(runner: HFRunner) -> FitTarget:
     """The runner's model as a fit sees it."""
-    weight = runner.model.get_input_embeddings().weight
+    weight: Tensor = runner.model.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
     return FitTarget(
         runner.model_id, runner.fingerprint, runner.kv_shapes, weight.detach().float().cpu().contiguous().numpy()
     )
