@@ -16,8 +16,8 @@ import numpy as np
 from lmcache_blend.errors import LMCacheBlendError
 
 ESCAPE, MAP_SIZE, REACH = 255, 1024, 127
-MISSING = -32768
-"""What a decoded escape reads before its value is filled in; never coded as a value."""
+MISSING, MISSING_BYTE = -32768, -128
+"""What a decoded escape reads before its value is filled in, and its low byte in Tables.direct; never a value."""
 BANK_SIZE, RATIO = 96, 1.1120069120453122
 """Means of the built-in tables rise by this from one to the next."""
 BANK_DIGEST = "e484f611fd77d9c3a8ec6261260e0e308561463a4bf63682647baad89e396a94"
@@ -50,6 +50,15 @@ class Tables:
     def lut(self) -> np.ndarray:
         """[n, 2^bits] uint32 by slot: frequency - 1 (12 bits), slot - cum (12), symbol (8)."""
         return _slots(self.freq, self.bits)
+
+    @cached_property
+    def direct(self) -> np.ndarray:
+        """`lut` with the value itself, an int8, in place of the symbol in the tables of width 1."""
+        low = np.arange(256, dtype=np.uint32)[None].repeat(len(self), 0)
+        single = self.width == 1
+        first = self.values[single, :, 0]
+        low[single] = np.where(first == MISSING, MISSING_BYTE, first).astype(np.int8).view(np.uint8)
+        return (self.lut & np.uint32(0xFFFFFF00)) | np.take_along_axis(low, (self.lut & 255).astype(np.int64), 1)
 
     @cached_property
     def map(self) -> np.ndarray:
