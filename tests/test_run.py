@@ -214,6 +214,19 @@ def test_stored_kv_goes_through_the_codec(model, data, tmp_path, output):
     assert 1e-9 < found["prefix_cache", None].metrics.kl.mean < 1e-2  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def test_several_codecs_share_a_run_and_are_drawn_against_each_other(model, data, tmp_path, output):
+    specs = 'raw,{"id": "int8"},{"id": "kivi", "bits_k": 2, "bits_v": 2, "group": 32}'
+    assert cli.main(arguments(model, data, tmp_path, "--codec", specs, method="prefix_cache", limit=2)) == 0
+    read = (json.loads(path.read_text()) for path in tmp_path.rglob("results.json"))
+    found = {r["codec"]["id"]: r for r in read}
+    kl = {name: r["metrics"]["kl"]["mean"] for name, r in found.items()}
+    assert kl["raw"] < 1e-9 < kl["int8"] < kl["kivi"]
+    bits = {name: r["bits_per_element"] for name, r in found.items()}
+    assert bits["kivi"] < bits["int8"] < bits["raw"] == 32  # float32, as it is
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert list((tmp_path / "plots").glob("codecs__*.png"))
+
+
 def test_sets_without_answers_measure_fidelity(model, tmp_path):
     rows = [{"id": str(i), "dataset": "f", "task": "fidelity", "question": "Where?", "answers": []} for i in range(2)]
     path = tmp_path / "f.jsonl"
