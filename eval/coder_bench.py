@@ -4,8 +4,11 @@ The symbols are those of CacheGen's quantiser as LMCache sets it (level 2), a ma
 torchac codes what it codes in LMCache: with a table per channel. Only coding is timed, not the making of tables.
 """
 
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -111,7 +114,9 @@ def _rans_exact(planes: list[np.ndarray]) -> Job:
 
 def _torchac(planes: list[np.ndarray]) -> Job:
     import torch
-    import torchac  # pyright: ignore[reportMissingImports]
+
+    with _silence():
+        import torchac  # pyright: ignore[reportMissingImports]  # compiles itself at its first import
 
     cdfs, syms = [], []
     for p in planes:
@@ -162,6 +167,20 @@ def _zstd(planes: list[np.ndarray]) -> Job:
         return [np.frombuffer(back.decompress(d), np.uint8).reshape(p.shape) for d, p in parts]
 
     return lambda: [raw.compress(n) for n in narrow], decode, _size
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on stdout, not even from processes started here: it may be somebody's JSON."""
+    sys.stdout.flush()
+    saved, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(null)
 
 
 def _counts(plane: np.ndarray) -> np.ndarray:
