@@ -46,6 +46,7 @@ def add_commands(commands: Any, write_json: Any, list_kind: Any) -> None:
     look = codecs.add_parser("inspect", help="what is in a file", description="Header, sizes and tables of a chunk.")
     look.set_defaults(command=lambda arguments: _inspect(arguments, write_json))
     look.add_argument("file", type=Path, metavar="FILE")
+    look.add_argument("--profile", metavar="PROFILE", help="names the stages of a codec that was fitted to a model")
     look.add_argument("--json", nargs="?", const="-", metavar="OUT", help="as JSON")
 
     ls = codecs.add_parser("ls", help="what is registered", description="Registered codecs.")
@@ -161,6 +162,8 @@ def print_coders(coders: Sequence[dict[str, Any]]) -> None:
 
 
 def _inspect(arguments: argparse.Namespace, write_json: Any) -> None:
+    from lmcache_blend.codecs import PipelineCodec, Profile, get_codec
+    from lmcache_blend.codecs.container import Container
     from lmcache_blend.codecs.inspect import describe, render
 
     try:
@@ -168,7 +171,16 @@ def _inspect(arguments: argparse.Namespace, write_json: Any) -> None:
     except OSError as error:
         raise errors.DataError(f"cannot read {arguments.file}: {error.strerror or error}") from None
     try:
-        description = describe(data)
+        codec = None
+        if arguments.profile:
+            header, digest = Container(data).header, Profile.load(arguments.profile).digest
+            if digest != header.profile:
+                raise errors.ConfigError(
+                    f"{arguments.file} was coded with profile {str(header.profile)[:12]}, "
+                    f"{arguments.profile} is {digest[:12]}; name the one of the chunk, or none"
+                )
+            codec = get_codec({**header.codec, "profile": arguments.profile})
+        description = describe(data, codec if isinstance(codec, PipelineCodec) else None)
     except errors.CorruptChunkError as error:
         raise errors.DataError(f"{arguments.file}: {error}") from None
     if arguments.json:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tiny import POSITIONS, arguments, build_model, lines, one_line_error, passa
 from lmcache_blend import cli
 from lmcache_blend.eval import harness, measure
 from lmcache_blend.eval.report import report
+from lmcache_blend.hf import load_runner
 from lmcache_blend.types import Prompt
 
 
@@ -201,6 +203,16 @@ def test_options_reach_the_policy_the_loop_and_the_task(model, tmp_path):
     assert results["random", 0.15].metrics.f1 is None
     with np.load(next(tmp_path.glob("*__random__*/trace.npz"))) as trace:
         assert (np.diff(trace["spans"], axis=1)[1:] <= 40).all()
+
+
+def test_a_model_is_the_same_one_wherever_it_lies(model, tmp_path):
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(model, copy)
+    first, second = (load_runner(str(path), dtype="float32").fingerprint for path in (model, copy))
+    assert first == second
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    assert load_runner(str(copy), dtype="float32").fingerprint != first
 
 
 def test_stored_kv_goes_through_the_codec(model, data, tmp_path, output):
