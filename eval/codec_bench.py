@@ -143,6 +143,15 @@ def bench(
     return rows
 
 
+def family(config: dict[str, Any]) -> str:
+    """What all settings along one codec's curve share, as a name.
+
+    >>> family({"id": "kivi", "bits_k": 2, "bits_v": 2, "sinks": 4})
+    'kivi sinks=4'
+    """
+    return short_name({k: v for k, v in config.items() if k not in SWEPT})
+
+
 def rates(rows: Sequence[dict[str, Any]], kl: float) -> dict[str, dict[str, float]]:
     """{codec: {text: bits per element}} at a KL, log-linear between the measured settings of one codec.
 
@@ -150,8 +159,9 @@ def rates(rows: Sequence[dict[str, Any]], kl: float) -> dict[str, dict[str, floa
     """
     families: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
-        name = short_name({k: v for k, v in row["codec"].items() if k not in SWEPT})
-        families.setdefault(name, {}).setdefault(row["data"], []).append((row["kl"], row["bits_per_element"]))
+        families.setdefault(family(row["codec"]), {}).setdefault(row["data"], []).append(
+            (row["kl"], row["bits_per_element"])
+        )
     out: dict[str, dict[str, float]] = {}
     for name, texts in families.items():
         found = {}
