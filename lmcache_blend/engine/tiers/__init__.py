@@ -1,0 +1,5 @@
+"""Tiers: where encoded chunks live. One file per tier, one protocol (`base`), one registry."""
+
+from lmcache_blend.engine.tiers.base import Entry, Miss, PinningTier, Tier, Usage, make_tier, register_tier, tiers
+
+__all__ = ["Entry", "Miss", "PinningTier", "Tier", "Usage", "make_tier", "register_tier", "tiers"]
