@@ -137,6 +137,23 @@ class PinningTier(Tier, Protocol):
         ...
 
 
+@runtime_checkable
+class MemoryTier(Tier, Protocol):
+    """A tier in this process's memory, whose values are filled and read in place, without a copy."""
+
+    def reserve(self, size: int) -> Any:
+        """Room for a value, [size] uint8 to be filled and then committed; dropped, it is free again. Misses: as put."""
+        ...
+
+    def commit(self, key: bytes, slot: Any) -> Outcome:
+        """Make a filled slot the value of a key."""
+        ...
+
+    def view(self, key: bytes) -> memoryview | None:
+        """The value itself, not to be written to; stays valid for as long as someone refers to it."""
+        ...
+
+
 tiers: Registry[Any] = Registry("tier", "lmcache_blend.tiers")
 register_tier = tiers.register
 
