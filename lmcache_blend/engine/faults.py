@@ -52,8 +52,23 @@ class Guard:
         self._closed = threading.Event()
         self.is_open = False
 
-    def call(self, operation: str, keys: Sequence[bytes], *columns: Sequence[Any], timeout_s: float | None = None):
-        """Outcome per key of tier.<operation>(keys, *columns), each column with one item a key; never raises."""
+    def ask(self, operation: str) -> Any:
+        """What tier.<operation>() answers, or a Miss."""
+        if self._direct:
+            return getattr(self.tier, operation)()
+        if self.is_open:
+            return Miss("unavailable")
+        try:
+            return self._pools[1].submit(getattr(self.tier, operation)).result(self.config.timeout_s)
+        except Exception as error:
+            self.metrics.error(error)
+            return Miss("timeout" if isinstance(error, TimeoutError) else "error", str(error))
+
+    def call(self, operation: str, keys: Sequence[bytes], *columns: Any, timeout_s: float | None = None):
+        """Outcome per key of tier.<operation>(keys, *columns); never raises.
+
+        columns: a list has one item a key, anything else is for all of them.
+        """
         if self._direct or not keys:
             return getattr(self.tier, operation)(keys, *columns)
         out: list[Outcome] = [Miss("unavailable", f"{self.name} is left alone after {self._faults} faults")] * len(keys)
@@ -76,14 +91,18 @@ class Guard:
         return out
 
     def _once(
-        self, operation: str, keys: Sequence[bytes], columns: Sequence[Sequence[Any]], rows: list[int], deadline: float
+        self, operation: str, keys: Sequence[bytes], columns: Sequence[Any], rows: list[int], deadline: float
     ) -> list[Outcome]:
         call: Callable[..., list[Outcome]] = getattr(self.tier, operation)
         parts = min(len(rows), self.tier.threads) if operation in ("get", "put") else 1
         pool, size = self._pools[operation != "put"], -(-len(rows) // parts)
         cuts = [rows[i : i + size] for i in range(0, len(rows), size)]
         self.metrics.queued(len(cuts))
-        waiting = [pool.submit(call, *([c[i] for i in cut] for c in (keys, *columns))) for cut in cuts]
+        try:
+            waiting = [pool.submit(call, *(_part(c, cut) for c in (keys, *columns))) for cut in cuts]
+        except RuntimeError:  # closed, or replaced by a breaker that has just opened
+            self.metrics.queued(-len(cuts))
+            return [Miss("unavailable")] * len(rows)
         out: list[Outcome] = []
         for cut, future in zip(cuts, waiting, strict=True):
             out += self._result(future, len(cut), deadline)
@@ -152,3 +171,7 @@ class Guard:
         self._closed.set()
         for pool in self._pools:
             pool.close()
+
+
+def _part(column: Any, rows: list[int]) -> Any:
+    return [column[i] for i in rows] if isinstance(column, list | tuple) else column

@@ -16,7 +16,7 @@ import json
 import struct
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +30,7 @@ from lmcache_blend.codecs.container import DTYPES, MAX_LAYERS, Container, Shape,
 from lmcache_blend.codecs.pipeline import NAMES
 from lmcache_blend.engine.tiers.base import Part
 from lmcache_blend.errors import ConfigError, CorruptChunkError
-from lmcache_blend.types import KVChunk
+from lmcache_blend.types import KVChunk, Pair
 
 MAGIC = b"LMCBVAL1"
 PREFIX = struct.Struct("<8s32sQII")
@@ -38,8 +38,6 @@ ROW = struct.Struct("<QQ16s")
 DIGEST, ALIGN, MAX_META = 16, 64, 1 << 20
 HEAD_GUESS = 1 << 14
 """Bytes that hold the head and the token ids of most values, so that one read gets them."""
-
-Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -209,8 +207,11 @@ def head_bytes(data: memoryview) -> int:
     return PREFIX.size + segments * ROW.size + meta + DIGEST
 
 
-def parse(data: memoryview, key: bytes, nbytes: int) -> Head:
-    """The head of the value of `key`, nbytes long; `data` holds at least the head. Raises CorruptChunkError."""
+def parse(data: memoryview, key: bytes, nbytes: int, trusted: bool = False) -> Head:
+    """The head of the value of `key`, nbytes long; `data` holds at least the head. Raises CorruptChunkError.
+
+    trusted: the bytes were checked before and lie in this process's memory; their checksums are not looked at again.
+    """
     end = head_bytes(data)
     if end > len(data):
         raise CorruptChunkError(f"a head of {end} bytes does not fit into {len(data)}")
@@ -233,7 +234,7 @@ def parse(data: memoryview, key: bytes, nbytes: int) -> Head:
     spans, last = _spans(meta, meta_bytes, 4 * meta.tokens, sizes, lead)
     if [row[:2] for row in table] != spans or last > total or (meta.codec is None and last != total):
         raise CorruptChunkError("the segments do not lie where they must")
-    return Head(key, meta, table, total)
+    return Head(key, replace(meta, checked=False) if trusted and meta.checked else meta, table, total)
 
 
 def _spans(

@@ -49,8 +49,8 @@ class Workers:
 
 
 def _end(waiting: "queue.PriorityQueue[tuple[float, int, Any]]", threads: int) -> None:
-    for _ in range(threads):
-        waiting.put((float("inf"), 0, None))
+    for i in range(threads):
+        waiting.put((float("inf"), i, None))
 
 
 def _run(waiting: "queue.PriorityQueue[tuple[float, int, Any]]") -> None:

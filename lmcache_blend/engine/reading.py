@@ -1,0 +1,76 @@
+"""The way up: read, check and decode chunks of one level; whatever fails is counted and is a miss."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lmcache_blend.engine import values
+from lmcache_blend.engine.level import Level
+from lmcache_blend.engine.tiers.base import Miss
+from lmcache_blend.errors import ConfigError, CorruptChunkError
+from lmcache_blend.types import KVChunk
+
+Read = tuple[KVChunk | None, int]
+"""A chunk and the bytes of its value; (None, 0) for a miss."""
+MISS: Read = (None, 0)
+Room = Callable[[bytes, int], np.ndarray | None]
+Filled = Callable[[bytes, KVChunk, np.ndarray | None], None]
+
+
+def read(
+    level: Level,
+    keys: Sequence[bytes],
+    into: Sequence[Any] | None = None,
+    room: Room = lambda key, nbytes: None,
+    filled: Filled = lambda key, chunk, slot: None,
+    leaving: bool = False,
+) -> list[Read]:
+    """Whole chunks of one level.
+
+    leaving: also those that are just being evicted.
+    into: buffers to read into. room: gives the memory to read a value into, or None for fresh memory. filled: called
+    with every chunk that came out well, and with its raw value where that lies in memory that `room` gave.
+    Raises ConfigError for a buffer that is too short.
+    """
+    out, rows, buffers, slots = [MISS] * len(keys), [], [], []
+    for i, size in enumerate(level.lookup(keys, leaving)):
+        if isinstance(size, Miss):
+            level.metrics.miss(level.cause(size))
+            continue
+        slot = None
+        if into is not None:
+            buffer = memoryview(into[i]).cast("B")
+            if len(buffer) < size:
+                raise ConfigError(f"buffer {i} has {len(buffer)} bytes, the value of its chunk {size}")
+            buffer = buffer[:size]
+        elif level.memory is not None:
+            buffer = level.memory.view(keys[i])
+            if buffer is None:
+                level.missed(keys[i], Miss("absent"))
+                continue
+        else:
+            slot = room(keys[i], size)
+            buffer = memoryview(np.empty(size, np.uint8) if slot is None else slot)  # pyright: ignore
+        rows.append(i)
+        buffers.append(buffer)
+        slots.append(slot)
+    wanted = [keys[i] for i in rows]
+    in_place = level.memory is not None and into is None
+    done = [b.nbytes for b in buffers] if in_place else level.get(wanted, buffers, [0] * len(rows))
+    hits = []
+    for i, key, buffer, slot, outcome in zip(rows, wanted, buffers, slots, done, strict=True):
+        try:
+            if isinstance(outcome, Miss):
+                raise CorruptChunkError("unread")
+            head = values.parse(buffer, key, len(buffer), trusted=level.memory is not None)
+            chunk = head.chunk(buffer, level.coder(head))
+        except CorruptChunkError as error:
+            level.missed(key, outcome if isinstance(outcome, Miss) else Miss("corrupt", str(error)))
+            continue
+        out[i] = chunk, len(buffer)
+        hits.append(key)
+        filled(key, chunk, slot if head.meta.codec is None else None)
+    level.metrics.hit(len(hits))
+    level.touch(hits)
+    return out
