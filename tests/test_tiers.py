@@ -31,3 +31,10 @@ class TestDisk(TierConformance):
 class TestDiskWithFsync(TestDisk):
     def tier(self, **options):
         return make_tier("disk", path=self.path, fsync="full", **options)
+
+
+class TestThirdParty(TierConformance):
+    limited = False
+
+    def tier(self, **options):
+        return make_tier("third_party_tier.DictTier", **options)

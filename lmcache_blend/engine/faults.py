@@ -69,7 +69,9 @@ class Guard:
 
         columns: a list has one item a key, anything else is for all of them.
         """
-        if self._direct or not keys:
+        if not keys:
+            return []
+        if self._direct:
             return getattr(self.tier, operation)(keys, *columns)
         out: list[Outcome] = [Miss("unavailable", f"{self.name} is left alone after {self._faults} faults")] * len(keys)
         deadline = time.monotonic() + (self.config.timeout_s if timeout_s is None else timeout_s)

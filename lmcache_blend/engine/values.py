@@ -129,10 +129,8 @@ class Head:
 
     def _fits(self, layers: Sequence[Pair], first: int) -> None:
         for i, pair in enumerate(layers, first):
-            (h, d, h2, d2), types, t = self.meta.shapes[i], self.meta.dtypes[i], self.meta.tokens
-            if [tuple(x.shape) for x in pair] != [(h, t, d), (h2, t, d2)] or tuple(
-                NAMES[x.dtype] for x in pair
-            ) != types:
+            (h, d, h2, d2), t = self.meta.shapes[i], self.meta.tokens
+            if [tuple(x.shape) for x in pair] != [(h, t, d), (h2, t, d2)]:
                 raise CorruptChunkError(f"layer {i} does not decode to the shapes that the value's head names")
 
 

@@ -40,7 +40,7 @@ class Directory:
     def __init__(self, root: Path):
         self.root, self.tmp, self.pins = root, root / "tmp", root / "pins"
         self._chunks = str(root / "chunks")
-        self._mutex, self._suspect, self._counted = threading.Lock(), False, -60.0
+        self._mutex, self._recount_at = threading.Lock(), 0.0
         self._lock = self._state = -1
         try:
             for folder in (root / "chunks", self.tmp, self.pins):
@@ -78,11 +78,13 @@ class Directory:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     def count(self) -> Count:
-        """Under the lock: what the directory holds; counted anew where the last one to change it died."""
-        # Others delete as well, so a file that is gone is seldom a sign of trouble: once a minute is enough.
-        stale = self._suspect and time.monotonic() - self._counted > 60
+        """Under the lock: what the directory holds.
+
+        Counted anew where the last one to change it died, and now and then (a hundredth of the time), since files may
+        also be deleted or cut by people.
+        """
         raw = os.pread(self._state, STATE.size, 0)
-        if not stale and len(raw) == STATE.size:
+        if time.monotonic() < self._recount_at and len(raw) == STATE.size:
             magic, version, dirty, nbytes, chunks = STATE.unpack(raw)
             if (magic, version, dirty) == (MAGIC, VERSION, 0):
                 return Count(nbytes, chunks)
@@ -96,14 +98,12 @@ class Directory:
         """Under the lock: the change is complete."""
         self._write(after, 0)
 
-    def suspect(self) -> None:
-        """A file is gone that nobody was seen to delete: count anew before long."""
-        self._suspect = True
-
     def recount(self) -> Count:
         """Under the lock: count the files."""
+        began = time.monotonic()
         sizes = [entry.nbytes for entry in self.entries()]
-        self._suspect, self._counted = False, time.monotonic()
+        now = time.monotonic()
+        self._recount_at = now + 100 * (now - began)
         self._write(Count(sum(sizes), len(sizes)), 0)
         return Count(sum(sizes), len(sizes))
 

@@ -147,7 +147,6 @@ class DiskTier:
         with self._directory.locked():
             size = _size(path)
             if size < 0:
-                self._directory.suspect()
                 return ABSENT
             if self._until(key) > time.time():
                 return Miss("pinned")
