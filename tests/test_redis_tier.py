@@ -75,6 +75,8 @@ class TestRedisCluster(TierConformance):
         buses = [free_port() for _ in range(3)]
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port")
         servers = [redis_server(*options, str(bus)) for bus in buses]
+        for server in servers:
+            request.addfinalizer(server.close)
         clients = [redis.Redis(port=s.port) for s in servers]
         for i, client in enumerate(clients):
             client.execute_command("CLUSTER ADDSLOTSRANGE", 5462 * i, min(5462 * (i + 1), 16384) - 1)
@@ -83,9 +85,6 @@ class TestRedisCluster(TierConformance):
         wanted = {"cluster_state": "ok", "cluster_known_nodes": "3", "cluster_slots_ok": "16384"}
         _wait(lambda: all(wanted.items() <= c.execute_command("CLUSTER INFO").items() for c in clients))
         request.cls.clients, request.cls.servers = clients, servers
-        yield
-        for s in servers:
-            s.close()
 
     def tier(self, **options):
         for client in self.clients:

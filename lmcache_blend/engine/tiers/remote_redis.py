@@ -34,6 +34,7 @@ from lmcache_blend.errors import ConfigError
 
 WINDOW_BYTES, WINDOW_COMMANDS = 1 << 20, 256
 """Values and commands under way at once: larger pipelines are slower, since the server then buffers its answers."""
+WHOLE_BYTES = 1 << 16
 UNFINISHED_MS = 600_000
 """Parts of a value whose writer died go after so long."""
 PIPELINE_COMMANDS = 1000
@@ -170,7 +171,7 @@ class Redis:
 
     def delete(self, keys: Sequence[bytes]) -> list[Outcome]:
         out = self._script(DELETE, keys)
-        self._room.freed(sum(n for n in out if isinstance(n, int)))
+        self._room.freed(out)
         return out
 
     def entries(self) -> Iterator[Entry]:
@@ -184,8 +185,7 @@ class Redis:
                     yield Entry(key, size)
 
     def usage(self) -> Usage:
-        sizes = [entry.nbytes for entry in self.entries()]
-        return Usage(sum(sizes), len(sizes), self.capacity_bytes)
+        return self._room.usage()
 
     def pin(self, keys: Sequence[bytes], until: float) -> list[Outcome]:
         if policy := self._evicts():
@@ -348,8 +348,9 @@ class Redis:
         return f"{self._prefix}{{{key.hex()}}}{suffix}"
 
     def _get_command(self, key: bytes, size: int, offset: int | None) -> bytes:
-        # GETRANGE makes the server copy once more, so a value that is read from its start is read by GET.
-        if offset is None:
+        # GET is faster than GETRANGE by a copy in the server. What is long and begins at the start is nearly always
+        # whole; should the value be longer, the rest is read and dropped.
+        if offset is None or (offset == 0 and size > WHOLE_BYTES):
             return command("GET", self._name(key))
         return command("GETRANGE", self._name(key), offset, offset + max(size, 1) - 1)
 

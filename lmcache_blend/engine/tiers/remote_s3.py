@@ -100,7 +100,7 @@ class S3:
             if isinstance(out[i], int):
                 gone = self._try(lambda key=key: self._obstore.delete(self._store, _path(key)) or 0)
                 out[i] = gone if isinstance(gone, Miss) else out[i]
-        self._room.freed(sum(n for n in out if isinstance(n, int)))
+        self._room.freed(out)
         return out
 
     def entries(self) -> Iterator[Entry]:
@@ -113,8 +113,7 @@ class S3:
             raise self._failure(error) from None
 
     def usage(self) -> Usage:
-        sizes = [entry.nbytes for entry in self.entries()]
-        return Usage(sum(sizes), len(sizes), self.capacity_bytes)
+        return self._room.usage()
 
     def close(self) -> None:
         """Nothing is held open between requests but idle connections, which go with the object."""

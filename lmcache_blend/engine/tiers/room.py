@@ -1,10 +1,10 @@
-"""How much a shared remote store may still take: counted by this process, and counted anew from time to time."""
+"""How much a shared remote store holds and may still take: counted by this process, counted anew from time to time."""
 
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from lmcache_blend.engine.tiers.base import Entry, Miss, Outcome
+from lmcache_blend.engine.tiers.base import Entry, Miss, Outcome, Usage
 
 RECOUNT_S, FULL_RECOUNT_S = 60.0, 5.0
 """Others write and delete too: the count is taken anew after so long, and sooner where it says that all is full."""
@@ -15,8 +15,15 @@ class Room:
 
     def __init__(self, capacity_bytes: int | None, entries: Callable[[], Iterable[Entry]]):
         self._capacity, self._entries = capacity_bytes, entries
-        self._used, self._counted = 0, -1e9
+        self._nbytes, self._chunks, self._counted = 0, 0, -1e9
         self._lock = threading.Lock()
+
+    def usage(self) -> Usage:
+        """With a capacity, which is asked about at every write, as this process counts; without, a count of all."""
+        if self._capacity is None or self._age() > RECOUNT_S:
+            self._count()
+        with self._lock:
+            return Usage(self._nbytes, self._chunks, self._capacity)
 
     def put(
         self,
@@ -30,31 +37,37 @@ class Room:
             return store(range(len(keys)))
         if self._age() > RECOUNT_S:
             self._count()
-        held = {k: n if isinstance(n, int) else 0 for k, n in zip(keys, lookup(keys), strict=True)}
+        held = {key: size for key, size in zip(keys, lookup(keys), strict=True) if isinstance(size, int)}
         refused: dict[int, Miss] = {}
         for i, (key, size) in enumerate(zip(keys, sizes, strict=True)):
             if size > self._capacity:
                 refused[i] = Miss("too_large", f"{size} bytes, capacity {self._capacity}")
-            elif self._admit(size - held[key]):
+            elif self._admit(size - held.get(key, 0), key not in held):
                 held[key] = size
             else:
                 refused[i] = Miss("full", f"{size} bytes, capacity {self._capacity}")
-        out = store([i for i in range(len(keys)) if i not in refused])
-        for i, size in enumerate(sizes):
-            if i not in refused and isinstance(out[i], Miss):
-                self.freed(size)
+        try:
+            out = store([i for i in range(len(keys)) if i not in refused])
+        except Exception:
+            self._counted = -1e9
+            raise
+        self.freed([size for i, size in enumerate(sizes) if i not in refused and isinstance(out[i], Miss)])
         return [refused.get(i, outcome) for i, outcome in enumerate(out)]
 
-    def freed(self, nbytes: int) -> None:
+    def freed(self, outcomes: Sequence[Outcome]) -> None:
+        """Values of these sizes are gone; misses are left out."""
+        sizes = [n for n in outcomes if isinstance(n, int)]
         with self._lock:
-            self._used -= nbytes
+            self._nbytes -= sum(sizes)
+            self._chunks -= len(sizes)
 
-    def _admit(self, growth: int) -> bool:
+    def _admit(self, growth: int, new: bool) -> bool:
         assert self._capacity is not None
         for again in (True, False):
             with self._lock:
-                if self._used + growth <= self._capacity:
-                    self._used += growth
+                if self._nbytes + growth <= self._capacity:
+                    self._nbytes += growth
+                    self._chunks += new
                     return True
             if again and self._age() > FULL_RECOUNT_S:
                 self._count()
@@ -64,6 +77,6 @@ class Room:
         return time.monotonic() - self._counted
 
     def _count(self) -> None:
-        used = sum(entry.nbytes for entry in self._entries())
+        sizes = [entry.nbytes for entry in self._entries()]
         with self._lock:
-            self._used, self._counted = used, time.monotonic()
+            self._nbytes, self._chunks, self._counted = sum(sizes), len(sizes), time.monotonic()
