@@ -155,8 +155,10 @@ def _by_kind(layers: Sequence[LayerKV], tokens: int, width: int) -> dict[str, di
         row["layers"] += 1
         row["kv_bytes_per_token"] += layer.elements_per_token * width
         row["kv_bytes"] += layer.elements_per_token * layer.kept_tokens(tokens) * width
-        known = layer.state is not None and row["state_bytes"] is not None
-        row["state_bytes"] = row["state_bytes"] + layer.state * width if known else None
+        if layer.state is None or row["state_bytes"] is None:
+            row["state_bytes"] = None
+        else:
+            row["state_bytes"] += layer.state * width
     return found
 
 

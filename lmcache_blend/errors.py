@@ -67,6 +67,10 @@ class ChunkLostError(LMCacheBlendError, OSError):
         self.key = key
 
 
+class TierError(LMCacheBlendError, OSError):
+    """A tier that an administrator asked about does not answer."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """One phrase that helps with a misspelt name: the nearest known one, or the whole list."""
     known = sorted(known)

@@ -8,6 +8,7 @@ from the URL, which ends up in logs.
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from lmcache_blend.engine.tiers.base import (
@@ -53,7 +54,7 @@ class S3:
         self.threads, self.capacity_bytes = threads, capacity_bytes
         self._obstore = obstore
         self._where = f"s3://{parts.hostname}{parts.path}"
-        options = {"timeout": f"{timeout_s}s", "connect_timeout": f"{timeout_s / 2}s"}
+        options: dict[str, Any] = {"timeout": f"{timeout_s}s", "connect_timeout": f"{timeout_s / 2}s"}
         if config.get("endpoint", "").startswith("http:"):
             options["allow_http"] = True
         try:
