@@ -81,10 +81,7 @@ class KVEngine(Operations):
         there = [isinstance(found, int) for found in self.top.lookup(keys)]
         self.top.touch([key for key, found in zip(keys, there, strict=True) if found])
         costs = [float(len(chunk)) for chunk in chunks] if costs is None else costs
-        out = [
-            found or key in self.writing.pending or self.writing.take(key, chunk, cost)
-            for key, chunk, cost, found in zip(keys, chunks, costs, there, strict=True)
-        ]
+        out = self.writing.store(keys, chunks, costs, there, borrow=wait)
         if wait:
             self.flush()
         return out

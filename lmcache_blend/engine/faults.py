@@ -35,6 +35,9 @@ class FaultConfig(Config):
     """Wait before the first probe; doubles up to 30 s."""
 
 
+Each = Callable[[int, Outcome], None]
+
+
 class Guard:
     """A tier's operations under a deadline: get, put, lookup, delete and the others, by name.
 
@@ -64,23 +67,29 @@ class Guard:
             self.metrics.error(error)
             return Miss("timeout" if isinstance(error, TimeoutError) else "error", str(error))
 
-    def call(self, operation: str, keys: Sequence[bytes], *columns: Any, timeout_s: float | None = None):
-        """Outcome per key of tier.<operation>(keys, *columns); never raises.
+    def call(
+        self, operation: str, keys: Sequence[bytes], *columns: Any, each: Each = lambda i, outcome: None, part: int = 0
+    ) -> list[Outcome]:
+        """Outcome per key of tier.<operation>(keys, *columns); never raises for what the tier does.
 
-        columns: a list has one item a key, anything else is for all of them.
+        columns: a list has one item a key, anything else is for all of them. part: keys of one call to the tier, by
+        default an equal share for each of its threads. each: called for every key as soon as its part is done, while
+        others go on; the time that it takes does not count.
         """
         if not keys:
             return []
         if self._direct:
-            return getattr(self.tier, operation)(keys, *columns)
+            out = getattr(self.tier, operation)(keys, *columns)
+            for i, outcome in enumerate(out):
+                each(i, outcome)
+            return out
         out: list[Outcome] = [Miss("unavailable", f"{self.name} is left alone after {self._faults} faults")] * len(keys)
-        deadline = time.monotonic() + (self.config.timeout_s if timeout_s is None else timeout_s)
+        deadline = time.monotonic() + self.config.timeout_s
         left, wait = list(range(len(keys))), self.config.backoff_s
         for attempt in range(self.config.retries + 1):
             if self.is_open:
                 break
-            for i, outcome in zip(left, self._once(operation, keys, columns, left, deadline), strict=True):
-                out[i] = outcome
+            deadline = self._once(operation, keys, columns, left, deadline, out, each, part)
             faults = [i for i in left if isinstance(o := out[i], Miss) and o.cause in FAULTS]
             self._note(bool(faults))
             left = [i for i in faults if out[i].cause != "timeout"]  # pyright: ignore[reportAttributeAccessIssue]
@@ -90,26 +99,43 @@ class Guard:
             self.metrics.retried()
             time.sleep(pause)
             wait *= 2
+        for i, outcome in enumerate(out):
+            if isinstance(outcome, Miss):
+                each(i, outcome)
         return out
 
     def _once(
-        self, operation: str, keys: Sequence[bytes], columns: Sequence[Any], rows: list[int], deadline: float
-    ) -> list[Outcome]:
+        self,
+        operation: str,
+        keys: Sequence[bytes],
+        columns: Sequence[Any],
+        rows: list[int],
+        deadline: float,
+        out: list[Outcome],
+        each: Each,
+        part: int,
+    ) -> float:
+        """Try the rows once, and put their outcomes into `out`; the deadline, moved by the time that `each` took."""
         call: Callable[..., list[Outcome]] = getattr(self.tier, operation)
         parts = min(len(rows), self.tier.threads) if operation in ("get", "put") else 1
-        pool, size = self._pools[operation != "put"], -(-len(rows) // parts)
+        pool, size = self._pools[operation != "put"], part or -(-len(rows) // parts)
         cuts = [rows[i : i + size] for i in range(0, len(rows), size)]
         self.metrics.queued(len(cuts))
         try:
             waiting = [pool.submit(call, *(_part(c, cut) for c in (keys, *columns))) for cut in cuts]
         except RuntimeError:  # closed, or replaced by a breaker that has just opened
             self.metrics.queued(-len(cuts))
-            return [Miss("unavailable")] * len(rows)
-        out: list[Outcome] = []
+            return deadline
         for cut, future in zip(cuts, waiting, strict=True):
-            out += self._result(future, len(cut), deadline)
+            found = self._result(future, len(cut), deadline)
             self.metrics.queued(-1)
-        return out
+            began = time.monotonic()
+            for i, outcome in zip(cut, found, strict=True):
+                out[i] = outcome
+                if not isinstance(outcome, Miss):
+                    each(i, outcome)
+            deadline += time.monotonic() - began
+        return deadline
 
     def _result(self, future: "Future[list[Outcome]]", count: int, deadline: float) -> list[Outcome]:
         try:

@@ -1,5 +1,6 @@
 """One tier as the engine sees it: coded values, room made by eviction, pins kept, quotas, counted."""
 
+import math
 import threading
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from lmcache_blend.engine import values
 from lmcache_blend.engine.config import TierConfig
 from lmcache_blend.engine.events import EventLog
 from lmcache_blend.engine.eviction import policies
-from lmcache_blend.engine.faults import Guard
+from lmcache_blend.engine.faults import Each, Guard
 from lmcache_blend.engine.keys import TENANT_BYTES, tenant
 from lmcache_blend.engine.tiers.base import MemoryTier, Miss, Outcome, PinningTier, Tier, Value, make_tier, size_of
 from lmcache_blend.errors import CorruptChunkError, LMCacheBlendError
@@ -39,6 +40,8 @@ class ReadOnly(OSError):
 
 REFUSED = {"full": Full(), "too_large": TooLarge(), "read_only": ReadOnly()}
 
+PART_BYTES = 4 << 20
+"""Read by one call of a batch, about."""
 ROUNDS = 16
 """How often room is made for one value before it is given up: other processes may take the room."""
 
@@ -81,10 +84,19 @@ class Level:
             out = [Miss("absent") if key in self._leaving else o for key, o in zip(keys, out, strict=True)]
         return out
 
-    def get(self, keys: Sequence[bytes], buffers: Sequence[memoryview], offsets: Sequence[int]) -> list[Outcome]:
-        """Read parts of values into buffers, timed and counted."""
+    def get(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        offsets: Sequence[int],
+        each: Each = lambda i, outcome: None,
+    ) -> list[Outcome]:
+        """Read parts of values into buffers, timed and counted. each: called with every outcome as soon as it is known,
+        so that checking and decoding one chunk overlaps reading the next."""
         began = time.perf_counter()
-        out = self.guard.call("get", keys, buffers, offsets)
+        part = max(1, PART_BYTES * len(keys) // max(sum(b.nbytes for b in buffers), 1))
+        part = min(part, -(-len(keys) // self.tier.threads))
+        out = self.guard.call("get", keys, buffers, offsets, each=each, part=part)
         self.metrics.moved("read", sum(o for o in out if isinstance(o, int)), time.perf_counter() - began)
         return out
 
@@ -124,27 +136,41 @@ class Level:
         return values.encode(key, chunk, self.codec)
 
     def put(self, keys: Sequence[bytes], stored: Sequence[Value], costs: Sequence[float], sink: Sink) -> list[Outcome]:
-        """Store values, making room as needed. sink: see `make_room`."""
-        sizes = [size_of(value) for value in stored]
+        """Store values, making room as needed. sink: see `Sink`."""
+        sizes, began = [size_of(value) for value in stored], time.perf_counter()
+        out: list[Outcome] = []
+        # In shares of the tier, so that the room made for one value is not taken by the next of the same batch.
+        most = math.inf if self.tier.capacity_bytes is None else self.tier.capacity_bytes // 8
+        start = total = 0
+        for i in range(len(keys) + 1):
+            if i == len(keys) or (i > start and total + sizes[i] > most):
+                part = slice(start, i)
+                out += self._put(keys[part], stored[part], sizes[part], costs[part], sink)
+                start, total = i, 0
+            total += sizes[i] if i < len(keys) else 0
+        self.metrics.moved("write", sum(o for o in out if isinstance(o, int)), time.perf_counter() - began)
+        for o in out:
+            if isinstance(o, Miss) and o.cause in REFUSED:
+                self.metrics.error(REFUSED[o.cause])
+        return out
+
+    def _put(
+        self, keys: Sequence[bytes], stored: Sequence[Value], sizes: Sequence[int], costs: Sequence[float], sink: Sink
+    ) -> list[Outcome]:
         out: list[Outcome] = [Miss("full")] * len(keys)
+        self.make_room(b"", sum(sizes), sink)
         left = [i for i in range(len(keys)) if self.make_room(keys[i], sizes[i], sink)]
-        began, written = time.perf_counter(), 0
         for _ in range(ROUNDS):
-            done = self.guard.call("put", [keys[i] for i in left], [stored[i] for i in left])
+            done = self.guard.call("put", [keys[i] for i in left], [stored[i] for i in left], part=len(left))
             for i, o in zip(left, done, strict=True):
                 out[i] = o
                 if isinstance(o, int):
                     self.added(keys[i], o, costs[i])
-                    written += o
             left = [i for i in left if isinstance(o := out[i], Miss) and o.cause == "full"]
             # Full in spite of the count: fragments, readers that hold freed slots, or another process's chunk.
             left = [i for i in left if self.evict(sizes[i], lambda key: True, sink)]
             if not left:
                 break
-        self.metrics.moved("write", written, time.perf_counter() - began)
-        for o in out:
-            if isinstance(o, Miss) and o.cause in REFUSED:
-                self.metrics.error(REFUSED[o.cause])
         return out
 
     def added(self, key: bytes, nbytes: int, cost: float) -> None:

@@ -9,6 +9,7 @@ from lmcache_blend.engine import values
 from lmcache_blend.engine.keys import TENANT_BYTES, tenant
 from lmcache_blend.engine.reading import read
 from lmcache_blend.engine.tiers.base import Entry, Miss, PinningTier, Usage, check_keys
+from lmcache_blend.engine.writing import Waiting
 from lmcache_blend.errors import CorruptChunkError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Operations:
         i = self.levels.index(self.level(target))
         for key in keys:
             ((chunk, _),) = read(origin, [key])
-            done = chunk is not None and self.writing.write(i, key, chunk, float(len(chunk)))
+            done = chunk is not None and self.writing.write(i, [Waiting(key, chunk, float(len(chunk)))])[0]
             if done and not keep and not self.is_pinned(key) and origin is not self.levels[i]:
                 origin.delete([key])
             out.append(done)

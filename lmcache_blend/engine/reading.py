@@ -7,7 +7,7 @@ import numpy as np
 
 from lmcache_blend.engine import values
 from lmcache_blend.engine.level import Level
-from lmcache_blend.engine.tiers.base import Miss
+from lmcache_blend.engine.tiers.base import Miss, Outcome
 from lmcache_blend.errors import ConfigError, CorruptChunkError
 from lmcache_blend.types import KVChunk
 
@@ -55,22 +55,26 @@ def read(
         rows.append(i)
         buffers.append(buffer)
         slots.append(slot)
-    wanted = [keys[i] for i in rows]
-    in_place = level.memory is not None and into is None
-    done = [b.nbytes for b in buffers] if in_place else level.get(wanted, buffers, [0] * len(rows))
-    hits = []
-    for i, key, buffer, slot, outcome in zip(rows, wanted, buffers, slots, done, strict=True):
+    wanted, hits = [keys[i] for i in rows], []
+
+    def check(j: int, outcome: Outcome) -> None:
         try:
             if isinstance(outcome, Miss):
-                raise CorruptChunkError("unread")
-            head = values.parse(buffer, key, len(buffer), trusted=level.memory is not None)
-            chunk = head.chunk(buffer, level.coder(head))
+                raise CorruptChunkError(outcome.cause)
+            head = values.parse(buffers[j], wanted[j], len(buffers[j]), trusted=level.memory is not None)
+            chunk = head.chunk(buffers[j], level.coder(head))
         except CorruptChunkError as error:
-            level.missed(key, outcome if isinstance(outcome, Miss) else Miss("corrupt", str(error)))
-            continue
-        out[i] = chunk, len(buffer)
-        hits.append(key)
-        filled(key, chunk, slot if head.meta.codec is None else None)
+            level.missed(wanted[j], outcome if isinstance(outcome, Miss) else Miss("corrupt", str(error)))
+            return
+        out[rows[j]] = chunk, len(buffers[j])
+        hits.append(wanted[j])
+        filled(wanted[j], chunk, slots[j] if head.meta.codec is None else None)
+
+    if level.memory is not None and into is None:
+        for j, buffer in enumerate(buffers):
+            check(j, len(buffer))
+    else:
+        level.get(wanted, buffers, [0] * len(rows), check)
     level.metrics.hit(len(hits))
     level.touch(hits)
     return out

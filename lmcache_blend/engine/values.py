@@ -12,9 +12,9 @@ another's name a miss. The checksum tells damage, not malice: who can write to a
 Values in this process's own memory go without checksums ("checked": false).
 """
 
+import ctypes
 import json
 import struct
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -180,15 +180,19 @@ class Blank:
     def fill(self, slot: np.ndarray) -> None:
         """Copy the chunk into slot [nbytes] uint8; from CUDA through its current stream, finished on return."""
         slot[: len(self._first)] = np.frombuffer(self._first, np.uint8)
-        waits = False
+        base, waits = slot.ctypes.data, False
+        if slot.nbytes < self.nbytes:
+            raise ConfigError(f"{slot.nbytes} bytes are too few for a value of {self.nbytes}")
         for (at, _), pair in zip(self._spans[1:], self._chunk.layers, strict=True):
             for x in pair:
-                piece, at = slot[at : at + x.nbytes], at + x.nbytes
+                size = x.nbytes
                 if x.is_cpu and x.is_contiguous():
-                    piece[:] = np.frombuffer(_bytes(x), np.uint8)
-                elif x.numel():
-                    torch.from_numpy(piece).view(x.dtype).view(x.shape).copy_(x.detach(), non_blocking=True)
+                    ctypes.memmove(base + at, x.data_ptr(), size)
+                elif size:
+                    piece = torch.from_numpy(slot[at : at + size]).view(x.dtype).view(x.shape)
+                    piece.copy_(x.detach(), non_blocking=True)
                     waits = waits or x.is_cuda
+                at += size
         if waits:
             torch.cuda.current_stream().synchronize()
 
@@ -284,21 +288,20 @@ def _bytes(x: Tensor) -> memoryview:
 def _tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:
     if not len(data):
         return torch.empty(shape, dtype=dtype)
-    with warnings.catch_warnings():
-        # Read-only memory is fine: chunks are never written to.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(data, dtype=dtype).view(shape)
+    # torch has no tensors of read-only memory.
+    return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=dtype).view(shape)
 
 
 def _meta(chunk: KVChunk, groups: tuple[int, ...], codec: dict[str, Any] | None, checked: bool) -> Meta:
-    for i, pair in enumerate(chunk.layers):
-        for x in pair:
-            if x.dtype not in NAMES or x.dim() != 3 or x.shape[1] != len(chunk):
-                wanted = f"[H, {len(chunk)}, D] of {', '.join(DTYPES)}"
-                raise ConfigError(f"layer {i} is {x.dtype} {list(x.shape)}; a value holds {wanted}")
-    shapes = tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2]) for k, v in chunk.layers)
-    dtypes = tuple((NAMES[k.dtype], NAMES[v.dtype]) for k, v in chunk.layers)
-    return Meta(len(chunk), shapes, dtypes, groups, codec, chunk.exact_after, checked)
+    shapes, dtypes, tokens = [], [], len(chunk)
+    for i, (k, v) in enumerate(chunk.layers):
+        (*_, t, d), (*_, t2, d2) = k.shape, v.shape
+        if k.dtype not in NAMES or v.dtype not in NAMES or k.dim() != 3 or v.dim() != 3 or t != tokens or t2 != tokens:
+            found, wanted = f"{k.dtype} {list(k.shape)}, {v.dtype} {list(v.shape)}", f"[H, {tokens}, D]"
+            raise ConfigError(f"layer {i} is {found}; a value holds {wanted} of {', '.join(DTYPES)}")
+        shapes.append((k.shape[0], d, v.shape[0], d2))
+        dtypes.append((NAMES[k.dtype], NAMES[v.dtype]))
+    return Meta(tokens, tuple(shapes), tuple(dtypes), groups, codec, chunk.exact_after, checked)
 
 
 def _dump(meta: Meta) -> bytes:

@@ -2,13 +2,14 @@
 
 import concurrent.futures
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from lmcache_blend.engine import values
+from lmcache_blend.engine.arena import Arena
 from lmcache_blend.engine.config import EngineConfig
 from lmcache_blend.engine.level import Level, Sink
 from lmcache_blend.engine.reading import read
@@ -25,6 +26,18 @@ class NotDemoted(OSError):
     """A chunk was evicted though the tier below did not take it. The name in the metric of errors."""
 
 
+class Waiting(NamedTuple):
+    """A chunk on its way down."""
+
+    key: bytes
+    chunk: KVChunk
+    cost: float
+
+
+BATCH_BYTES = 16 << 20
+"""Written by one task, about."""
+
+
 class Writing:
     """Writes of one engine. pending: chunks that are in no tier yet, and are served from here."""
 
@@ -32,34 +45,72 @@ class Writing:
         self.levels, self.top, self.config = levels, levels[0], config
         self.pending: dict[bytes, KVChunk] = {}
         self._queues = [Workers(level.tier.threads, f"kv-write-{level.name}") for level in levels]
-        self._running: dict[Future[None], int] = {}
+        self._running: set[Future[None]] = set()
+        self._arena: Arena | None = None
         self._relieving = threading.Lock()
         self._lock = threading.Lock()
 
-    def take(self, key: bytes, chunk: KVChunk, cost: float) -> bool:
-        """Copy a chunk and see to its writing; whether it was taken."""
+    def store(
+        self,
+        keys: Sequence[bytes],
+        chunks: Sequence[KVChunk],
+        costs: Sequence[float],
+        there: Sequence[bool],
+        borrow: bool,
+    ) -> list[bool]:
+        """Copy the chunks that are not there and see to their writing; whether each was taken.
+
+        borrow: the caller waits for the writing, so that its memory need not be copied first.
+        """
         below = [i for i, level in enumerate(self.levels) if i and level.config.write == "through"]
-        if self.top.memory is not None and self.top.codec is None:
-            blank = values.Blank(key, chunk)
-            slot = self.slot(key, blank.nbytes)
-            if slot is not None:
-                blank.fill(slot)
-                if self.commit(key, slot, cost, dirty=len(self.levels) > 1):
-                    if below:
-                        data = memoryview(slot)  # pyright: ignore[reportArgumentType]
-                        mine = values.parse(data, key, blank.nbytes).chunk(data, None)
-                        self._submit(below, key, mine, cost)
-                    self._relieve()
-                    return True
+        batches: dict[tuple[int, ...], list[Waiting]] = {}
+        out = []
+        for key, chunk, cost, known in zip(keys, chunks, costs, there, strict=True):
+            if known or key in self.pending:
+                out.append(True)
+                continue
+            mine, targets = self._fill_top(key, chunk, cost), tuple(below)
+            if mine is None:
+                mine, targets = chunk if borrow else self._stage(key, chunk), (0, *below)
+            out.append(mine is not None)
+            if mine is not None and targets:
+                batch = batches.setdefault(targets, [])
+                batch.append(Waiting(key, mine, cost))
+                if sum(w.chunk.nbytes for w in batch) >= BATCH_BYTES:
+                    self._submit(targets, batches.pop(targets))
+        for targets, batch in batches.items():
+            self._submit(targets, batch)
+        self._relieve()
+        return out
+
+    def _fill_top(self, key: bytes, chunk: KVChunk, cost: float) -> KVChunk | None:
+        """Copy a chunk into its place in the first tier; None where that has no room at once, or codes its chunks."""
+        if self.top.memory is None or self.top.codec is not None:
+            return None
+        blank = values.Blank(key, chunk)
+        slot = self.slot(key, blank.nbytes)
+        if slot is None:
+            return None
+        blank.fill(slot)
+        return _view(key, slot) if self.commit(key, slot, cost, dirty=len(self.levels) > 1) else None
+
+    def _stage(self, key: bytes, chunk: KVChunk) -> KVChunk | None:
+        """Copy a chunk into memory of our own, from which it is served until it is written; None where that is full."""
+        blank = values.Blank(key, chunk)
+        slot = self._staging().take(blank.nbytes)
+        if slot is None:
+            self.top.metrics.error(QueueFull())
+            return None
+        blank.fill(slot)
+        self.pending[key] = mine = _view(key, slot)
+        return mine
+
+    def _staging(self) -> Arena:
+        """Memory for what waits; used again and again, because fresh pages cost more than copying into them."""
         with self._lock:
-            if sum(self._running.values()) + chunk.nbytes > self.config.max_pending_bytes:
-                self.top.metrics.error(QueueFull())
-                return False
-        layers = tuple((k.detach().to("cpu", copy=True), v.detach().to("cpu", copy=True)) for k, v in chunk.layers)
-        mine = replace(chunk, tokens=chunk.tokens.clone(), layers=layers)
-        self.pending[key] = mine
-        self._submit([0, *below], key, mine, cost)
-        return True
+            if self._arena is None:
+                self._arena = Arena(max(self.config.max_pending_bytes, 1), pin=False)
+            return self._arena
 
     def slot(self, key: bytes, nbytes: int) -> np.ndarray | None:
         """Room in the first tier, at the expense of chunks that are safe elsewhere; None where there is none."""
@@ -99,20 +150,23 @@ class Writing:
         else:
             self.top.put([key], [self.top.encode(key, chunk)], [float(len(chunk))], None)
 
-    def write(self, i: int, key: bytes, chunk: KVChunk, cost: float) -> bool:
-        """Put a chunk into level i, unless it is there; whether it is then."""
+    def write(self, i: int, batch: "Sequence[Waiting]") -> list[bool]:
+        """Put chunks into level i, unless they are there; whether each is then."""
         level = self.levels[i]
-        (found,) = level.lookup([key])
-        if not isinstance(found, int):
-            if i + 1 < len(self.levels):
-                level.dirty.add(key)
-            (found,) = level.put([key], [level.encode(key, chunk)], [cost], self._sink(i))
-        if isinstance(found, Miss):
-            level.dirty.discard(key)
-            return False
-        for above in self.levels[:i]:
-            above.dirty.discard(key)
-        return True
+        found = level.lookup([w.key for w in batch])
+        absent = [j for j, outcome in enumerate(found) if isinstance(outcome, Miss)]
+        new = [batch[j] for j in absent]
+        if i + 1 < len(self.levels):
+            level.dirty.update(w.key for w in new)
+        done = level.put(
+            [w.key for w in new], [level.encode(*w[:2]) for w in new], [w.cost for w in new], self._sink(i)
+        )
+        for j, outcome in zip(absent, done, strict=True):
+            found[j] = outcome
+        for w, outcome in zip(batch, found, strict=True):
+            for above in [level] if isinstance(outcome, Miss) else self.levels[:i]:
+                above.dirty.discard(w.key)
+        return [isinstance(outcome, int) for outcome in found]
 
     def flush(self, down: bool = False) -> None:
         """Wait until what was stored so far is written or has failed. down: also what is written back only later."""
@@ -124,7 +178,7 @@ class Writing:
                 for key in list(level.dirty):
                     for chunk, _ in read(level, [key]):
                         if chunk is not None:
-                            self.write(i + 1, key, chunk, float(len(chunk)))
+                            self.write(i + 1, [Waiting(key, chunk, float(len(chunk)))])
 
     def depth(self) -> int:
         """Writes that wait or run."""
@@ -134,30 +188,31 @@ class Writing:
         for queue in self._queues:
             queue.close()
 
-    def _submit(self, targets: Sequence[int], key: bytes, chunk: KVChunk, cost: float) -> None:
+    def _submit(self, targets: Sequence[int], batch: "list[Waiting]") -> None:
         left = [len(targets)]
 
         def work(i: int) -> None:
             try:
-                self.write(i, key, chunk, cost)
+                self.write(i, batch)
             finally:
                 with self._lock:
                     left[0] -= 1
-                    if not left[0]:
-                        self.pending.pop(key, None)
+                if not left[0]:
+                    for w in batch:
+                        self.pending.pop(w.key, None)
 
         for i in targets:
-            self._run(i, chunk.nbytes, work, i)
+            self._run(i, work, i)
 
-    def _run(self, i: int, nbytes: int, work, *arguments: int) -> None:
+    def _run(self, i: int, work: Callable[..., None], *arguments: int) -> None:
         with self._lock:
             future = self._queues[i].submit(work, *arguments)
-            self._running[future] = nbytes
+            self._running.add(future)
         future.add_done_callback(self._done)
 
     def _done(self, future: "Future[None]") -> None:
         with self._lock:
-            self._running.pop(future, None)
+            self._running.discard(future)
 
     def _sink(self, i: int) -> Sink:
         """Demotion: what leaves level i is written to the next one before.
@@ -167,7 +222,7 @@ class Writing:
 
         def demote(key: bytes) -> bool:
             for chunk, _ in read(self.levels[i], [key], leaving=True):
-                if chunk is not None and not self.write(i + 1, key, chunk, float(len(chunk))):
+                if chunk is not None and not self.write(i + 1, [Waiting(key, chunk, float(len(chunk)))])[0]:
                     self.levels[i].metrics.error(NotDemoted())
             return True
 
@@ -190,4 +245,10 @@ class Writing:
             finally:
                 self._relieving.release()
 
-        self._run(0, 0, work)
+        self._run(0, work)
+
+
+def _view(key: bytes, slot: np.ndarray) -> KVChunk:
+    """The chunk in a slot that `Blank` filled."""
+    data = memoryview(slot)  # pyright: ignore[reportArgumentType]
+    return values.parse(data, key, len(data)).chunk(data, None)
