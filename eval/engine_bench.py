@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
 def bench(
     nbytes: int = 1 << 30,
-    shape: Shape = Shape(),
+    shape: Shape | None = None,
     rounds: int = 5,
     folder: Path | None = None,
     urls: Sequence[str] = (),
@@ -51,12 +51,13 @@ def bench(
     folder: for the disk tier, by default a temporary one. urls: remote tiers. peer: python of an environment with
     LMCache, and tiers ("cpu", "disk") to run there. Raises ConfigError where nothing fits into nbytes.
     """
+    shape = shape or Shape()
     count = nbytes // shape.chunk_bytes
     if count < 1:
         raise ConfigError(f"{nbytes} bytes hold no chunk of {shape.chunk_bytes}; take more")
     chunks = make_chunks(count, shape)
     keys = Keyer("bench").prefix_keys(torch.arange(CHUNK_TOKENS * count))
-    size = values.Blank(keys[0], chunks[0]).nbytes
+    size = values.Blank.of(keys[0], chunks[0]).nbytes
     buffers = [np.ones(size, np.uint8) for _ in keys]
     sources = [np.ones(size, np.uint8) for _ in keys]
     rows = cpu(keys, chunks, buffers, sources, rounds)

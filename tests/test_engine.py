@@ -9,13 +9,13 @@ import pytest
 import torch
 from kv import chunk, equal, key, keys
 
-from lmcache_blend import KVEngine, get_codec
+from lmcache_blend import KVEngine, MemoryStore, get_codec
 from lmcache_blend.engine import EngineConfig, Keyer, TierConfig, chunk_key, values
 from lmcache_blend.engine.keys import tenant
 from lmcache_blend.errors import ConfigError, UnknownNameError
 from lmcache_blend.metrics import value
 
-SIZE = values.Blank(key(0), chunk(0)).nbytes
+SIZE = values.Blank.of(key(0), chunk(0)).nbytes
 CPU = {"tier": "cpu", "capacity_bytes": 64 << 20}
 CODED = ["int8", "cachegen", "zstd", {"id": "raw", "dtype": "bfloat16"}]
 
@@ -200,6 +200,26 @@ def test_a_third_partys_tier_by_dotted_path():
         engine.store(keys(2), [chunk(0), chunk(1)], wait=True)
         assert all(map(equal, engine.retrieve(keys(2)), [chunk(0), chunk(1)]))
         assert engine.levels[0].name == "DictTier"
+
+
+@pytest.mark.parametrize("first", [CPU, None])
+def test_storing_layer_by_layer(tmp_path, first):
+    item = chunk(0)
+    with KVEngine(tiers=[*([first] if first else []), disk(tmp_path)]) as engine:
+        dtypes = [(torch.float32, torch.float32)] * 3
+        writer = engine.store_layers(key(0), item.tokens, item.shapes, dtypes, item.exact_after)
+        assert writer.taken
+        for i in (2, 0):
+            writer.put(i, *item.layers[i])
+        with pytest.raises(ConfigError, match="layer 1 is"):
+            writer.put(1, item.layers[1][0][:, :-1], item.layers[1][1])
+        engine.flush()
+        assert engine.lookup([key(0)]).prefix == 0, "a chunk is there whole or not at all"
+        writer.put(1, *item.layers[1])
+        assert equal(engine.retrieve([key(0)])[0], item)
+        engine.flush()
+        assert engine.usage()["disk"].chunks == 1
+        assert equal(engine.retrieve([key(0)])[0], item)
 
 
 # Down and up
@@ -392,3 +412,20 @@ def test_settings_read_flat_dicts():
     config = TierConfig.read({"tier": "disk", "path": "/kv", "codec": "int8", "fsync": "data"})
     assert (config.label, config.codec, config.options) == ("disk", "int8", {"path": "/kv", "fsync": "data"})
     assert TierConfig.read("redis://h:1/0").label == "redis"
+
+
+def test_a_dropped_engine_frees_its_memory_at_once():
+    """Not only when the garbage collector comes by: a benchmark makes one store after the other."""
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        store = MemoryStore()
+        store.put(key(0), chunk(0))
+        assert equal(store.get(key(0)).chunk, chunk(0))
+        gone = weakref.ref(store.top)
+        del store
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -78,9 +78,9 @@ def test_a_value_filled_in_place(strided):
     item = chunk()
     if strided:
         item = replace(item, layers=tuple((k.mT.contiguous().mT, v) for k, v in item.layers))
-    blank = values.Blank(KEY, item)
+    blank = values.Blank.of(KEY, item)
     slot = np.full(blank.nbytes, 0xAA, np.uint8)
-    blank.fill(slot)
+    blank.fill(slot, item.layers)
     head = values.parse(memoryview(slot), KEY, blank.nbytes)
     assert not head.meta.checked
     assert same(head.chunk(memoryview(slot), None), item)

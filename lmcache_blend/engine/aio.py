@@ -17,8 +17,8 @@ OPERATIONS = (
 class Async:
     """`await engine.aio.<operation>(...)`: arguments and result as those of engine.<operation>."""
 
-    def __init__(self, engine: Any, threads: int = 8):
-        self._engine, self._pool = engine, Workers(threads, "kv-aio")
+    def __init__(self, engine: Any, pool: Workers):
+        self._engine, self._pool = engine, pool
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         if name not in OPERATIONS:

@@ -7,13 +7,16 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from lmcache_blend.engine import values
 from lmcache_blend.engine.aio import Async
 from lmcache_blend.engine.config import EngineConfig
 from lmcache_blend.engine.events import EventLog
-from lmcache_blend.engine.level import Level
+from lmcache_blend.engine.level import Level, Pins
 from lmcache_blend.engine.operations import Operations
-from lmcache_blend.engine.pipeline import load
+from lmcache_blend.engine.pipeline import LayerWriter, load
 from lmcache_blend.engine.reading import MISS, Read, read
 from lmcache_blend.engine.store import Stored
 from lmcache_blend.engine.tiers.base import check_keys
@@ -21,6 +24,8 @@ from lmcache_blend.engine.workers import Workers
 from lmcache_blend.engine.writing import Writing
 from lmcache_blend.errors import ConfigError
 from lmcache_blend.types import KVChunk
+
+AIO_THREADS = 8
 
 
 class Found(NamedTuple):
@@ -53,12 +58,17 @@ class KVEngine(Operations):
     def __init__(self, config: EngineConfig | None = None, **settings: Any):
         self.config = EngineConfig(**settings) if config is None else config
         self.events = EventLog()
-        self._pins: dict[bytes, float] = {}
-        self.levels = [Level(tier, self.is_pinned, self.events) for tier in self.config.tiers]
+        self.pins = Pins()
+        self.levels = [Level(tier, self.pins, self.events) for tier in self.config.tiers]
         self.top = self.levels[0]
         self.writing = Writing(self.levels, self.config)
         self.workers = Workers(self.config.threads, "kv-load")
-        self.aio = Async(self)
+        self._aio = Workers(AIO_THREADS, "kv-aio")
+
+    @property
+    def aio(self) -> Async:
+        """Every operation as a coroutine."""
+        return Async(self, self._aio)
 
     def level(self, name: str) -> Level:
         """The tier of that name. Raises ConfigError."""
@@ -85,6 +95,23 @@ class KVEngine(Operations):
         if wait:
             self.flush()
         return out
+
+    def store_layers(
+        self,
+        key: bytes,
+        tokens: Tensor,
+        shapes: Sequence[tuple[int, int, int, int]],
+        dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
+        exact_after: bytes | None = None,
+        cost: float | None = None,
+    ) -> LayerWriter:
+        """Begin to store a chunk whose layers come one by one: call `put(layer, k, v)` on what this returns.
+
+        shapes, dtypes: per layer (H, Dk, H', Dv) and the types of K and V. Raises ConfigError.
+        """
+        check_keys([key])
+        blank = values.Blank(key, tokens, shapes, dtypes, exact_after)
+        return LayerWriter(self, key, blank, float(len(tokens)) if cost is None else cost)
 
     def flush(self) -> None:
         """Wait until everything that was stored so far is written, or has failed to be."""
@@ -178,39 +205,26 @@ class KVEngine(Operations):
         check_keys(keys)
         if any(key in self.writing.pending for key in keys):
             self.flush()
-        before = {key: self._pins.get(key) for key in keys}
-        until = time.monotonic() + seconds
-        for key in keys:
-            self._pins[key] = max(until, before[key] or 0.0)
         # Marked first and looked up then: what is there now was not chosen as a victim before the mark.
+        new = set(self.pins.add(keys, seconds))
         there = [False] * len(keys)
         for level in self.levels:
             for i, outcome in enumerate(level.pin(keys, time.time() + seconds)):
                 there[i] = there[i] or isinstance(outcome, int)
         for key, found in zip(keys, there, strict=True):
-            if not found and before[key] is None:
-                self._pins.pop(key, None)
+            if not found and key in new:
+                self.pins.drop(key)
         self.events.publish("pinned", "", [key for key, found in zip(keys, there, strict=True) if found])
         return there
 
     def unpin(self, keys: Sequence[bytes]) -> list[bool]:
         """End pins; whether each key had one."""
         check_keys(keys)
-        out = [self._pins.pop(key, 0.0) > time.monotonic() for key in keys]
+        out = [self.pins.drop(key) for key in keys]
         for level in self.levels:
             level.unpin(keys)
         self.events.publish("unpinned", "", keys)
         return out
-
-    def is_pinned(self, key: bytes) -> bool:
-        """Whether this engine holds a pin on the chunk."""
-        until = self._pins.get(key)
-        if until is None:
-            return False
-        if until <= time.monotonic():
-            self._pins.pop(key, None)
-            return False
-        return True
 
     # ------------------------------------------------------------------ as the Blender's store
     def get(self, key: bytes) -> Stored | None:
@@ -230,6 +244,7 @@ class KVEngine(Operations):
         self.writing.flush(down=True)
         self.writing.close()
         self.workers.close()
+        self._aio.close()
         for level in self.levels:
             level.close()
 

@@ -46,10 +46,36 @@ ROUNDS = 16
 """How often room is made for one value before it is given up: other processes may take the room."""
 
 
-class Level:
-    """A tier with its codec, policy, guard and metrics. pinned: whether the engine holds a pin on a key."""
+class Pins:
+    """The pins of one engine, on the monotonic clock."""
 
-    def __init__(self, config: TierConfig, pinned: Callable[[bytes], bool], events: EventLog):
+    def __init__(self) -> None:
+        self._until: dict[bytes, float] = {}
+
+    def add(self, keys: Sequence[bytes], seconds: float) -> list[bytes]:
+        """Pin keys; the longer of two pins holds. Those that had none before."""
+        until, now = time.monotonic() + seconds, time.monotonic()
+        new = [key for key in keys if self._until.get(key, 0.0) <= now]
+        for key in keys:
+            self._until[key] = max(until, self._until.get(key, 0.0))
+        return new
+
+    def drop(self, key: bytes) -> bool:
+        """End a pin; whether there was one."""
+        return self._until.pop(key, 0.0) > time.monotonic()
+
+    def holds(self, key: bytes) -> bool:
+        until = self._until.get(key)
+        if until is not None and until <= time.monotonic():
+            self._until.pop(key, None)
+            return False
+        return until is not None
+
+
+class Level:
+    """A tier with its codec, policy, guard and metrics. pins: those of the engine."""
+
+    def __init__(self, config: TierConfig, pins: Pins, events: EventLog):
         self.config, self.name, self.events = config, config.label, events
         self.tier: Tier = make_tier(config.tier, **config.options)
         self.memory = self.tier if isinstance(self.tier, MemoryTier) else None
@@ -58,7 +84,7 @@ class Level:
         self.guard = Guard(self.tier, self.name, config.faults, self.metrics)
         self.dirty: set[bytes] = set()
         """Keys that no tier below holds yet."""
-        self._pinned = pinned
+        self._pins = pins
         self._quotas = {tenant(salt): limit for salt, limit in config.quotas.items()}
         self._policy = policies.get(config.eviction)(self.tier.capacity_bytes or 0)
         self._sizes: dict[bytes, int] = {}
@@ -251,7 +277,7 @@ class Level:
             with self._lock:
                 self._others_pins = {k: t for k, t in self._others_pins.items() if t > now}
                 key = self._policy.victim(
-                    lambda k: k in self._leaving or k in self._others_pins or self._pinned(k) or not among(k)
+                    lambda k: k in self._leaving or k in self._others_pins or self._pins.holds(k) or not among(k)
                 )
                 if key is not None:
                     self._leaving.add(key)

@@ -51,7 +51,7 @@ class Operations:
         for key in keys:
             ((chunk, _),) = read(origin, [key])
             done = chunk is not None and self.writing.write(i, [Waiting(key, chunk, float(len(chunk)))])[0]
-            if done and not keep and not self.is_pinned(key) and origin is not self.levels[i]:
+            if done and not keep and not self.pins.holds(key) and origin is not self.levels[i]:
                 origin.delete([key])
             out.append(done)
         self.events.publish("moved", target, [key for key, done in zip(keys, out, strict=True) if done])
@@ -85,8 +85,8 @@ class Operations:
             if force:
                 level.unpin(keys)
                 for key in keys:
-                    self._pins.pop(key, None)
-            keys = [key for key in keys if not self.is_pinned(key)]
+                    self.pins.drop(key)
+            keys = [key for key in keys if not self.pins.holds(key)]
             deleted += sum(isinstance(o, int) for o in level.delete(keys))
             if tier is not None or salt is None:
                 self.events.publish("cleared", level.name)
@@ -133,7 +133,7 @@ class Operations:
             pinned: Any = level.guard.ask("pinned") if isinstance(level.tier, PinningTier) else {}
             pinned = {} if isinstance(pinned, Miss) else pinned
             for key, nbytes, modified in _entries(level):
-                yield Item(key, level.name, nbytes, modified, key in pinned or self.is_pinned(key))
+                yield Item(key, level.name, nbytes, modified, key in pinned or self.pins.holds(key))
 
 
 def _entries(level: "Level") -> list[Entry]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lmcache_blend.engine import values
 from lmcache_blend.engine.level import Level
@@ -189,3 +191,35 @@ def load(engine: "KVEngine", keys: Sequence[bytes]) -> list[Stored | None]:
             out[i] = item
         left = [i for i in left if out[i] is None]
     return out
+
+
+class LayerWriter:
+    """A chunk that is stored as its layers are computed; visible as a whole when the last one is there, or never.
+
+    Each `put` copies one layer, and blocks no longer than that.
+    """
+
+    def __init__(self, engine: "KVEngine", key: bytes, blank: values.Blank, cost: float):
+        self._engine, self._key, self._blank, self._cost = engine, key, blank, cost
+        self._slot = engine.writing.begin(blank, key)
+        self._left = set(range(len(blank.meta.shapes)))
+        self._waits = False
+        if self._slot is not None:
+            blank.begin(self._slot)
+
+    @property
+    def taken(self) -> bool:
+        """Whether there is room; where not, `put` does nothing."""
+        return self._slot is not None
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Copy a layer, K [H, T, Dk] and V [H', T, Dv]. Raises ConfigError for another shape or type."""
+        if self._slot is None or layer not in self._left:
+            return
+        self._waits = self._blank.put(self._slot, layer, k, v) or self._waits
+        self._left.discard(layer)
+        if not self._left:
+            if self._waits:
+                torch.cuda.current_stream().synchronize()
+            self._engine.writing.finish(self._key, self._slot, self._cost)
+            self._slot = None

@@ -154,7 +154,7 @@ def encode(key: bytes, chunk: KVChunk, codec: Codec | None = None) -> list[Part]
                 parts.append([data[at : at + size]])
                 at += size
             tail = data[at:]
-    ids, meta = _ids(chunk), _meta(chunk, groups, config, checked=True)
+    ids, meta = _ids(chunk.tokens), _meta(chunk, groups, config, checked=True)
     sizes, text = [sum(map(len, p)) for p in parts], _dump(meta)
     spans, total = _spans(meta, len(text), len(ids), sizes, len(lead), len(tail))
     pieces = [[ids], *parts, *([] if codec is None else [[lead]])]
@@ -168,33 +168,65 @@ def encode(key: bytes, chunk: KVChunk, codec: Codec | None = None) -> list[Part]
 
 
 class Blank:
-    """A raw value without checksums, to be filled in place: `nbytes` of memory, then `fill`."""
+    """A raw value without checksums, to be filled in place: take `nbytes` of memory, then `fill`, or layer by layer.
 
-    def __init__(self, key: bytes, chunk: KVChunk):
-        self._chunk = chunk
-        ids, meta = _ids(chunk), _meta(chunk, (1,) * len(chunk.layers), None, checked=False)
-        text, sizes = _dump(meta), [sum(meta.layer_bytes(i)) for i in range(len(chunk.layers))]
-        self._spans, self.nbytes = _spans(meta, len(text), len(ids), sizes)
+    shapes, dtypes: per layer (H, Dk, H', Dv) and the float types of K and V.
+    """
+
+    def __init__(
+        self,
+        key: bytes,
+        tokens: Tensor,
+        shapes: Sequence[Shape],
+        dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
+        exact_after: bytes | None = None,
+    ):
+        for i, types in enumerate(dtypes):
+            if types[0] not in NAMES or types[1] not in NAMES:
+                raise ConfigError(f"layer {i} is {types[0]}, {types[1]}; a value holds {', '.join(DTYPES)}")
+        names = tuple((NAMES[k], NAMES[v]) for k, v in dtypes)
+        ids, groups = _ids(tokens), (1,) * len(shapes)
+        self.meta = Meta(len(tokens), tuple(shapes), names, groups, None, exact_after, checked=False)
+        text, sizes = _dump(self.meta), [sum(self.meta.layer_bytes(i)) for i in range(len(shapes))]
+        self._spans, self.nbytes = _spans(self.meta, len(text), len(ids), sizes)
         self._first = _head(key, self.nbytes, text, self._spans, [bytes(DIGEST)] * len(self._spans)) + ids
 
-    def fill(self, slot: np.ndarray) -> None:
-        """Copy the chunk into slot [nbytes] uint8; from CUDA through its current stream, finished on return."""
-        slot[: len(self._first)] = np.frombuffer(self._first, np.uint8)
-        base, waits = slot.ctypes.data, False
+    @classmethod
+    def of(cls, key: bytes, chunk: KVChunk) -> "Blank":
+        """For a whole chunk. Raises ConfigError for what cannot be stored."""
+        meta = _meta(chunk, (1,) * len(chunk.layers), None, checked=False)
+        types = [(DTYPES[k], DTYPES[v]) for k, v in meta.dtypes]
+        return cls(key, chunk.tokens, meta.shapes, types, chunk.exact_after)
+
+    def fill(self, slot: np.ndarray, layers: Sequence[Pair]) -> None:
+        """Copy all layers into slot [nbytes] uint8; from CUDA through its current stream, finished on return."""
+        self.begin(slot)
+        waits = [self.put(slot, i, *pair) for i, pair in enumerate(layers)]
+        if any(waits):
+            torch.cuda.current_stream().synchronize()
+
+    def begin(self, slot: np.ndarray) -> None:
+        """Write the head and the token ids."""
         if slot.nbytes < self.nbytes:
             raise ConfigError(f"{slot.nbytes} bytes are too few for a value of {self.nbytes}")
-        for (at, _), pair in zip(self._spans[1:], self._chunk.layers, strict=True):
-            for x in pair:
-                size = x.nbytes
-                if x.is_cpu and x.is_contiguous():
-                    ctypes.memmove(base + at, x.data_ptr(), size)
-                elif size:
-                    piece = torch.from_numpy(slot[at : at + size]).view(x.dtype).view(x.shape)
-                    piece.copy_(x.detach(), non_blocking=True)
-                    waits = waits or x.is_cuda
-                at += size
-        if waits:
-            torch.cuda.current_stream().synchronize()
+        slot[: len(self._first)] = np.frombuffer(self._first, np.uint8)
+
+    def put(self, slot: np.ndarray, layer: int, k: Tensor, v: Tensor) -> bool:
+        """Copy one layer; whether a copy from CUDA may still run. Raises ConfigError where its shape is another."""
+        (h, d, h2, d2), types, t = self.meta.shapes[layer], self.meta.dtypes[layer], self.meta.tokens
+        at, base, waits = self._spans[1 + layer][0], slot.ctypes.data, False
+        for x, shape, dtype in ((k, (h, t, d), types[0]), (v, (h2, t, d2), types[1])):
+            if x.shape != shape or NAMES.get(x.dtype) != dtype:
+                raise ConfigError(f"layer {layer} is {x.dtype} {list(x.shape)}, not {dtype} {list(shape)}")
+            size = x.nbytes
+            if x.is_cpu and x.is_contiguous():
+                ctypes.memmove(base + at, x.data_ptr(), size)
+            elif size:
+                piece = torch.from_numpy(slot[at : at + size]).view(x.dtype).view(x.shape)
+                piece.copy_(x.detach(), non_blocking=True)
+                waits = waits or x.is_cuda
+            at += size
+        return waits
 
 
 def head_bytes(data: memoryview) -> int:
@@ -272,8 +304,8 @@ def _digest(parts: Sequence[Part]) -> bytes:
     return running.digest()
 
 
-def _ids(chunk: KVChunk) -> bytes:
-    ids = chunk.tokens.cpu().numpy()
+def _ids(tokens: Tensor) -> bytes:
+    ids = tokens.cpu().numpy()
     if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 32):
         raise ConfigError(f"token ids reach from {ids.min()} to {ids.max()}; a value holds 0 to {(1 << 32) - 1}")
     return ids.astype("<u4").tobytes()

@@ -87,23 +87,42 @@ class Writing:
         """Copy a chunk into its place in the first tier; None where that has no room at once, or codes its chunks."""
         if self.top.memory is None or self.top.codec is not None:
             return None
-        blank = values.Blank(key, chunk)
+        blank = values.Blank.of(key, chunk)
         slot = self.slot(key, blank.nbytes)
         if slot is None:
             return None
-        blank.fill(slot)
+        blank.fill(slot, chunk.layers)
         return _view(key, slot) if self.commit(key, slot, cost, dirty=len(self.levels) > 1) else None
 
     def _stage(self, key: bytes, chunk: KVChunk) -> KVChunk | None:
         """Copy a chunk into memory of our own, from which it is served until it is written; None where that is full."""
-        blank = values.Blank(key, chunk)
+        blank = values.Blank.of(key, chunk)
         slot = self._staging().take(blank.nbytes)
         if slot is None:
             self.top.metrics.error(QueueFull())
             return None
-        blank.fill(slot)
+        blank.fill(slot, chunk.layers)
         self.pending[key] = mine = _view(key, slot)
         return mine
+
+    def begin(self, blank: values.Blank, key: bytes) -> np.ndarray | None:
+        """Memory for a chunk that comes layer by layer; None where there is none."""
+        in_place = self.top.memory is not None and self.top.codec is None
+        slot = self.slot(key, blank.nbytes) if in_place else None
+        return self._staging().take(blank.nbytes) if slot is None else slot
+
+    def finish(self, key: bytes, slot: np.ndarray, cost: float) -> None:
+        """Store what was filled layer by layer, as `store` does."""
+        in_place = self.top.memory is not None and self.top.codec is None
+        below = tuple(i for i, level in enumerate(self.levels) if i and level.config.write == "through")
+        mine = _view(key, slot)
+        if in_place and self.commit(key, slot, cost, dirty=len(self.levels) > 1):
+            if below:
+                self._submit(below, [Waiting(key, mine, cost)])
+        else:
+            self.pending[key] = mine
+            self._submit((0, *below), [Waiting(key, mine, cost)])
+        self._relieve()
 
     def _staging(self) -> Arena:
         """Memory for what waits; used again and again, because fresh pages cost more than copying into them."""
@@ -142,10 +161,10 @@ class Writing:
         if isinstance(self.top.lookup([key])[0], int):
             return
         if self.top.memory is not None and self.top.codec is None:
-            blank = values.Blank(key, chunk)
+            blank = values.Blank.of(key, chunk)
             slot = self.slot(key, blank.nbytes)
             if slot is not None:
-                blank.fill(slot)
+                blank.fill(slot, chunk.layers)
                 self.commit(key, slot, float(len(chunk)), dirty=False)
         else:
             self.top.put([key], [self.top.encode(key, chunk)], [float(len(chunk))], None)
