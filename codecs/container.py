@@ -56,7 +56,7 @@ class Header:
 class Container:
     """A parsed container. Parsing checks the header only; `segment` checks the segment that it hands out.
 
-    sizes: bytes per segment, token ids first. Raises CorruptChunkError.
+    sizes: bytes per segment, token ids first; start: where the first one begins. Raises CorruptChunkError.
     """
 
     def __init__(self, data: bytes | memoryview):
@@ -75,15 +75,15 @@ class Container:
             raise CorruptChunkError("the container's header does not match its checksum")
         try:
             raw = json.loads(bytes(self._data[PREFIX.size : end]))
-            self.header, self._table = _header(raw), [(int(n), bytes.fromhex(h)) for n, h in raw["segments"]]
+            self.header, self._table = parse_header(raw), [(int(n), bytes.fromhex(h)) for n, h in raw["segments"]]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise CorruptChunkError(f"container header with a valid checksum is malformed: {error}") from None
-        self._start, self.sizes = end + 32, [n for n, _ in self._table]
+        self.start, self.sizes = end + 32, [n for n, _ in self._table]
         if min(self.sizes, default=-1) < 0 or len(self.sizes) != len(self.header.groups) + 1:
             raise CorruptChunkError(f"{len(self.sizes)} segments do not fit {len(self.header.groups)} layer groups")
-        if sum(self.sizes) > len(data) - self._start:
+        if sum(self.sizes) > len(data) - self.start:
             raise CorruptChunkError(f"segments of {sum(self.sizes)} bytes do not fit into a container of {len(data)}")
-        end = self._start + sum(self.sizes)
+        end = self.start + sum(self.sizes)
         padding = _padding(self.header, end)
         if len(data) - end < padding:
             raise CorruptChunkError(f"{len(data)} bytes claim {self.header.elements} elements, more than they can hold")
@@ -92,7 +92,7 @@ class Container:
 
     def segment(self, index: int) -> memoryview:
         """Bytes of a segment, checked. index 0: token ids; 1 + i: group i."""
-        at = self._start + sum(self.sizes[:index])
+        at = self.start + sum(self.sizes[:index])
         part = self._data[at : at + self.sizes[index]]
         if hashlib.sha256(part).digest()[:16] != self._table[index][1]:
             raise CorruptChunkError(f"segment {index} of {len(self.sizes)} does not match its checksum")
@@ -112,15 +112,15 @@ def pack(header: Header, tokens: torch.Tensor, segments: Sequence[bytes]) -> byt
     raw = {
         "codec": header.codec,
         "tokens": header.tokens,
-        "layers": _runs(list(zip(header.shapes, header.dtypes, strict=True))),
-        "groups": _runs(list(header.groups)),
+        "layers": runs(list(zip(header.shapes, header.dtypes, strict=True))),
+        "groups": runs(list(header.groups)),
         "exact_after": None if header.exact_after is None else header.exact_after.hex(),
         "profile": header.profile,
         "segments": [[len(p), hashlib.sha256(p).digest()[:16].hex()] for p in parts],
     }
     try:
         text = json.dumps(raw, separators=(",", ":"), allow_nan=False).encode()
-        _header(raw)
+        parse_header(raw)
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"a container cannot hold this chunk: {error}") from None
     if len(text) > MAX_HEADER_BYTES:
@@ -136,7 +136,7 @@ def _padding(header: Header, size: int) -> int:
     return max(0, (elements - FREE_ELEMENTS) // MAX_ELEMENTS_PER_BYTE + 1 - size)
 
 
-def _runs(items: list[Any]) -> list[list[Any]]:
+def runs(items: list[Any]) -> list[list[Any]]:
     """[a, a, b] -> [[2, a], [1, b]]: models have few kinds of layer."""
     out: list[list[Any]] = []
     for item in items:
@@ -167,7 +167,8 @@ def _check_depth(value: Any, left: int = MAX_DEPTH) -> None:
         _check_depth(item, left - 1)
 
 
-def _header(raw: dict[str, Any]) -> Header:
+def parse_header(raw: dict[str, Any]) -> Header:
+    """The fields of a header, checked one by one; raises ValueError, KeyError, TypeError and AttributeError."""
     layers = _expand(raw["layers"])
     groups = tuple(_count(n) for n in _expand(raw["groups"]))
     shapes = tuple((_count(h), _count(d), _count(h2, 0), _count(d2, 0)) for (h, d, h2, d2), _ in layers)

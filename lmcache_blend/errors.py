@@ -59,6 +59,18 @@ class CorruptChunkError(LMCacheBlendError, ValueError):
     """Stored bytes do not decode to the chunk that they claim to be."""
 
 
+class ChunkLostError(LMCacheBlendError, OSError):
+    """A chunk whose layers were on their way will not come in full; the prompt is computed without it."""
+
+    def __init__(self, key: bytes, reason: str):
+        super().__init__(f"chunk {key.hex()[:16]}: {reason}")
+        self.key = key
+
+
+class TierError(LMCacheBlendError, OSError):
+    """A tier that an administrator asked about does not answer."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """One phrase that helps with a misspelt name: the nearest known one, or the whole list."""
     known = sorted(known)

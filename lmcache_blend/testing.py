@@ -17,7 +17,10 @@ from torch import Tensor
 from lmcache_blend.codecs import Codec, PipelineCodec, get_codec
 from lmcache_blend.codecs.container import FREE_ELEMENTS, MAX_ELEMENTS_PER_BYTE, Container, Header, Shape, pack
 from lmcache_blend.errors import ConfigError, CorruptChunkError
+from lmcache_blend.tier_conformance import TierConformance
 from lmcache_blend.types import KVChunk
+
+__all__ = ["CodecConformance", "TierConformance", "matrix", "noise"]
 
 Shapes = tuple[Shape, ...]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -62,17 +62,21 @@ class Prompt:
         return len(self.tokens)
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class KVChunk:
     """KV of T consecutive tokens, keys before RoPE.
 
-    layers: L pairs (k [H, T, Dk], v [H, T, Dv]); for MLA the pair is (latent, rope key). exact_after: digest of the
-    tokens that stood before the chunk while this KV was computed exactly; None where it holds approximations, so
-    that the chunk is never taken for a prefix hit.
+    layers: L pairs (k [H, T, Dk], v [H, T, Dv]); for MLA the pair is (latent, rope key). From a store they may still be
+    on their way: indexing then waits for that layer, and raises ChunkLostError where it does not come.
+    exact_after: digest of the tokens that stood before the chunk while this KV was computed exactly; None where it
+    holds approximations, so that the chunk is never taken for a prefix hit.
     """
 
     tokens: Tensor
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: Sequence[Pair]
     exact_after: bytes | None = None
 
     def __len__(self) -> int:
@@ -81,6 +85,12 @@ class KVChunk:
     @property
     def nbytes(self) -> int:
         return sum(k.nbytes + v.nbytes for k, v in self.layers)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Per layer (H, Dk, H', Dv), without waiting for layers that are on their way."""
+        known = getattr(self.layers, "shapes", None)
+        return known or tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2]) for k, v in self.layers)
 
 
 class KVView(Protocol):
@@ -105,6 +115,8 @@ class Trace:
     stages_ms: wall time per stage (load, place, probe, select, forward), in order; place happens inside the first
     forward, layer by layer, and is taken out of it here.
     flops, full_flops: multiply-adds counted twice, selection passes included, and of a full prefill.
+    loading_ms, loading_wait_ms: from the first read of layers that came one by one to the last, and how long the
+    forward waited for them; what is left was hidden behind computing.
     hits: (start, end, kind) per span with kind "exact" (prefix hit), "reused" (non-prefix) or "miss".
     """
 
@@ -119,12 +131,19 @@ class Trace:
     full_flops: float = 1.0
     ttft_ms: float = 0.0
     loaded_bytes: int = 0
+    loading_ms: float = 0.0
+    loading_wait_ms: float = 0.0
     hits: list[tuple[int, int, str]] = field(default_factory=list)
 
     @property
     def compute_fraction(self) -> float:
         """True compute as a fraction of full prefill."""
         return self.flops / self.full_flops
+
+    @property
+    def overlap(self) -> float | None:
+        """Share of loading and decoding that was hidden behind computing; None where nothing came layer by layer."""
+        return 1 - min(self.loading_wait_ms / self.loading_ms, 1.0) if self.loading_ms else None
 
     @property
     def recomputed_fraction(self) -> float:

@@ -283,8 +283,9 @@ def test_a_store_that_encodes(tiny):
     assert torch.equal(a.logits, b.logits)
     assert b.trace.loaded_bytes == store.nbytes > a.trace.loaded_bytes
     # A chunk that went bad in the store is a miss: computed again, never served.
-    key = next(iter(store._items))
-    store._items[key] = store._items[key][:-40] + bytes(40)
+    key = next(iter(store.list())).key
+    value = bytes(store.top.memory.view(key))
+    store.top.tier.put([key], [[value[:-40], bytes(40)]])
     again = coded.prefill(prompt)
     assert [kind for *_, kind in again.trace.hits].count("miss") == 1
 
@@ -293,10 +294,11 @@ def test_a_foreign_chunk_is_a_miss(tiny):
     """A store that answers with another chunk's KV, or another model's, costs a recompute, not a wrong answer."""
     blender, prompt = Blender(tiny, BlendConfig(policy="full_reuse", store_misses=False)), Prompt.join(PARTS, QUESTION)
     blender.store(prompt)
-    items = blender.chunks._items
-    keys = list(items)
-    items[keys[1]], items[keys[2]] = items[keys[2]], items[keys[1]]
-    items[keys[3]] = replace(items[keys[3]], layers=items[keys[3]].layers[:-1])
+    store = blender.chunks
+    keys = [blender._key(prompt, i) for i in range(4)]
+    a, b, c = store.retrieve(keys[1:])
+    store.top.tier.delete(keys[1:])
+    store.store(keys[1:], [b, a, replace(c, layers=c.layers[:-1])])
     result = blender.prefill(prompt)
     assert [kind for *_, kind in result.trace.hits] == ["exact", "miss", "miss", "miss"]
     assert close(result.logits, full(tiny, prompt))

@@ -18,7 +18,7 @@ from lmcache_blend import cli
             {"full_recompute", "prefix_cache", "full_reuse", "random", "epic", "cacheblend", "oracle"},
         ),
         ("codecs", {"raw"}),
-        ("tiers", {"memory"}),
+        ("tiers", {"cpu", "disk", "redis", "rediss", "s3", "file"}),
     ],
 )
 def test_ls(kind: str, some: set[str], capsys, tmp_path):

@@ -16,7 +16,7 @@ from lmcache_blend.blend.segments import by_passages
 from lmcache_blend.blend.select import Deviation, Work, base_signals, deviation_chooser, run_probe, top
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import ChunkStore, MemoryStore, Stored, chunk_key, context_digest
-from lmcache_blend.errors import ConfigError
+from lmcache_blend.errors import ChunkLostError, ConfigError
 from lmcache_blend.rotary import Angles
 from lmcache_blend.triton_kernels.place import place
 from lmcache_blend.types import KVChunk, Prompt, Trace
@@ -99,11 +99,15 @@ class Blender:
         kv = self.runner.new_kv(len(ids))
         start, rows = len(behind), torch.arange(len(ids))
         angles = self.runner.rotary.at(rows)
-        found = self._find(self._prefix_key(behind), behind, behind[:0], angles) if start else None
-        if found is not None and found[1]:
-            kv.fill_with(self._loader([_Hit(0, start, found[0].chunk, True)], angles, {}))
-            rows = rows[start:]
-        self.runner.forward([ids], [kv], Plan([rows]))
+        found = self._checked(self.chunks.get(self._prefix_key(behind)), behind, behind[:0], angles) if start else None
+        try:
+            if found is not None and found[1]:
+                kv.fill_with(self._loader([_Hit(0, start, found[0].chunk, True)], angles, {}))
+                rows = rows[start:]
+            self.runner.forward([ids], [kv], Plan([rows]))
+        except ChunkLostError:
+            kv = self.runner.new_kv(len(ids))
+            self.runner.forward([ids], [kv], Plan([torch.arange(len(ids))]))
         return self._chunk(ids, kv, start, len(ids), angles, exact=True)
 
     def _prefix_key(self, behind: Tensor) -> bytes:
@@ -141,13 +145,24 @@ class Blender:
         recompute_ratio: float | None = None,
     ) -> list[Prefill]:
         """Blend several prompts in one forward; stage times in the traces are those of the whole batch."""
+        lost: set[bytes] = set()
+        while True:
+            try:
+                return self._prefill_batch(prompts, policy, recompute_ratio, lost)
+            except ChunkLostError as error:
+                # Found, and then gone or damaged half way: once more without it.
+                lost.add(error.key)
+
+    def _prefill_batch(
+        self, prompts: Sequence[Prompt], policy: str | RowPolicy | None, recompute_ratio: float | None, lost: set[bytes]
+    ) -> list[Prefill]:
         chosen = self.policy if policy is None else get_policy(policy) if isinstance(policy, str) else policy
         ratio = self.config.recompute_ratio if recompute_ratio is None else recompute_ratio
         if not 0.0 <= ratio <= 1.0:
             raise ConfigError(f"recompute_ratio = {ratio}: choose a number in [0, 1]")
         clock = _Clock()
         fixed = chosen.fixed_ratio
-        works = [self._load(p, chosen, ratio if fixed is None else fixed, clock) for p in prompts]
+        works = [self._load(p, chosen, ratio if fixed is None else fixed, clock, lost) for p in prompts]
         plan = self._plan(works, chosen, ratio if fixed is None else fixed, clock)
         with clock("forward"):
             computed = self.runner.forward([w.prompt.tokens for w in works], [w.kv for w in works], plan)
@@ -161,6 +176,8 @@ class Blender:
             trace.rows = [torch.unique(r[b].cpu()) for r in computed.rows]
             trace.flops += self.runner.cost.forward(trace.rows, len(work.prompt), 1)
             trace.deviation, trace.ttft_ms, trace.stages_ms = work.deviation.table, total, stages
+            trace.loading_ms = sum(r.seconds for r in work.reads) * 1e3
+            trace.loading_wait_ms = sum(r.waited for r in work.reads) * 1e3
         if self.config.store_misses:
             for work in works:
                 self._store_misses(work)
@@ -168,28 +185,32 @@ class Blender:
 
     generate_batch = staticmethod(generate_batch)
 
-    def _load(self, prompt: Prompt, policy: RowPolicy, ratio: float, clock: "_Clock") -> Work:
+    def _load(self, prompt: Prompt, policy: RowPolicy, ratio: float, clock: "_Clock", lost: set[bytes]) -> Work:
         """Look the spans up, and set the KV up so that each layer is placed when the forward comes to it."""
         with clock("load"):
             kv = self.runner.new_kv(len(prompt))
             angles = self.runner.rotary.at(torch.arange(len(prompt)))
-            hits, kinds, loaded = [], [], 0
+            hits, kinds, loaded, reads = [], [], 0, []
+            keys = [self._key(prompt, i) for i in range(len(prompt.spans))] if policy.reuse != "none" else []
+            stored = self._get([key for key in dict.fromkeys(keys) if key not in lost])
             for i, (start, end) in enumerate(prompt.spans):
                 tokens = prompt.tokens
                 found = None
-                if policy.reuse != "none":
-                    found = self._find(self._key(prompt, i), tokens[start:end], tokens[:start], angles)
+                if keys:
+                    found = self._checked(stored.get(keys[i]), tokens[start:end], tokens[:start], angles)
                 if found is None:
                     kinds.append((start, end, "miss"))
                     continue
-                stored, exact = found
+                piece, exact = found
                 leading = exact and sum(h.end - h.start for h in hits) == start and all(h.exact for h in hits)
                 if policy.reuse == "prefix" and not leading:
                     kinds.append((start, end, "miss"))
                     continue
-                hits.append(_Hit(start, end, stored.chunk, exact))
+                hits.append(_Hit(start, end, piece.chunk, exact))
                 kinds.append((start, end, "exact" if exact else "reused"))
-                loaded += stored.nbytes
+                loaded += piece.nbytes
+                if piece.reads is not None and piece.reads not in reads:
+                    reads.append(piece.reads)
             if hits:
                 kv.fill_with(self._loader(hits, angles, clock.times))
             candidate = torch.zeros(len(prompt), dtype=torch.bool)
@@ -210,18 +231,24 @@ class Blender:
         signals = base_signals(prompt, candidate)
         deviation = Deviation(self.runner.num_layers, candidate)
         rows = uncached.nonzero().flatten()
-        return Work(prompt, kv, trace, angles, candidate, uncached, rows, signals, deviation)
+        return Work(prompt, kv, trace, angles, candidate, uncached, rows, signals, deviation, reads)
 
-    def _find(self, key: bytes, tokens: Tensor, before: Tensor, angles: Angles) -> tuple[Stored, bool] | None:
+    def _get(self, keys: Sequence[bytes]) -> dict[bytes, Stored | None]:
+        """Chunks by key; from a store that can, all in one call and layer by layer."""
+        load = getattr(self.chunks, "load", None)
+        found = [self.chunks.get(key) for key in keys] if load is None else load(keys)
+        return dict(zip(keys, found, strict=True))
+
+    def _checked(
+        self, stored: Stored | None, tokens: Tensor, before: Tensor, angles: Angles
+    ) -> tuple[Stored, bool] | None:
         """The stored chunk of `tokens`, and whether its KV is exact behind the tokens `before`.
 
         A store is not trusted to return the right chunk: one of other tokens or shapes is a miss.
         """
-        stored = self.chunks.get(key)
         if stored is None:
             return None
-        shapes = tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2]) for k, v in stored.chunk.layers)
-        if not torch.equal(stored.chunk.tokens, tokens) or shapes != self.runner.kv_shapes:
+        if not torch.equal(stored.chunk.tokens, tokens) or stored.chunk.shapes != self.runner.kv_shapes:
             return None
         return stored, stored.chunk.exact_after == context_digest(before, angles.regime())
 

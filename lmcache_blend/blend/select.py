@@ -83,7 +83,7 @@ class Work:
     """One prompt on its way through a blended forward.
 
     candidate: [T] bool, reused tokens that may be recomputed. uncached: [T] bool, tokens that must be computed. rows:
-    those that will be.
+    those that will be. reads: transfers of the chunks that come layer by layer.
     """
 
     prompt: Prompt
@@ -95,6 +95,7 @@ class Work:
     rows: Tensor
     signals: Signals
     deviation: Deviation
+    reads: Sequence[Any] = ()
 
     def note_scores(self, scores: Tensor) -> Tensor:
         """Keep a policy's scores [T] in the trace, -inf where a token is no candidate."""

@@ -1,0 +1,248 @@
+"""`lmcache-blend store ls | usage | lookup | pin | unpin | move | compress | verify | clear | serve`.
+
+TARGET is a directory of a disk tier, the URL of a remote tier, or the http(s):// URL of a running engine's API, whose
+token is in LMCACHE_BLEND_TOKEN.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lmcache_blend import errors
+
+TOKEN = "LMCACHE_BLEND_TOKEN"
+TARGET_HELP = "directory, tier URL (redis://, rediss://, s3://, file://) or http(s):// API of an engine"
+TIER = "store"
+"""What the tier of TARGET is called here."""
+TIMEOUT_S = 30.0
+
+
+def add_commands(commands: Any, write_json: Any) -> None:
+    """Add `store` to the subparsers of the command line."""
+    store = commands.add_parser(
+        "store", help="look after stored KV", description="Chunks in a directory or behind a URL."
+    )
+    group = store.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, help_text: str, keys: str | None = None) -> argparse.ArgumentParser:
+        parser = group.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        parser.set_defaults(command=lambda arguments: _run(name, arguments, write_json))
+        parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
+        if keys is not None:
+            parser.add_argument("keys", nargs=keys, metavar="KEY", help="of a chunk: 64 hex digits")
+        parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the answer as JSON")
+        return parser
+
+    ls = add("ls", "chunks that are stored")
+    ls.add_argument("--salt", help="of one tenant only")
+    ls.add_argument("--limit", type=int, default=10_000, metavar="N", help="default 10000")
+    add("usage", "bytes, chunks and capacity")
+    lookup = add("lookup", "which chunks are there, by key or by tokens", "*")
+    lookup.add_argument("--tokens", metavar="FILE", help="JSON list of token ids, - for stdin: chunks of this prefix")
+    lookup.add_argument("--fingerprint", default="", help="of the model, as the engine's keys are made with")
+    lookup.add_argument("--salt", default="", help="of the tenant")
+    lookup.add_argument("--layout", default="pre_rope", help="default pre_rope")
+    lookup.add_argument("--chunk-tokens", type=int, default=256, metavar="N", help="default 256")
+    pin = add("pin", "keep chunks from eviction", "+")
+    pin.add_argument("--seconds", type=float, metavar="S", help="default: until unpinned")
+    add("unpin", "end pins", "+")
+    move = add("move", "move chunks into another store", "*")
+    move.add_argument("--to", required=True, metavar="TARGET2", help="another target; of an API: a tier of the engine")
+    move.add_argument("--codec", metavar="SPEC", help="of the chunks there (default: as they decode)")
+    move.add_argument("--keep", action="store_true", help="copy")
+    compress = add("compress", "recode chunks in their place", "*")
+    compress.add_argument("--codec", required=True, metavar="SPEC", help="id or JSON; none stores them as they decode")
+    for parser in (move, compress):
+        parser.add_argument("--all", action="store_true", help="instead of keys")
+    add("verify", "read and decode all chunks; damaged ones are deleted")
+    clear = add("clear", "delete chunks")
+    clear.add_argument("--salt", help="of one tenant only")
+    clear.add_argument("--force", action="store_true", help="pinned ones too")
+    for parser in (ls, compress, move, clear, group.choices["verify"]):
+        parser.add_argument("--tier", metavar="NAME", help="of an API: this tier of the engine only")
+
+    serve = group.add_parser("serve", help="HTTP API of a store", description=f"HTTP API; the token is in {TOKEN}.")
+    serve.set_defaults(command=_serve)
+    serve.add_argument("target", metavar="TARGET", help=TARGET_HELP)
+    serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; others need a certificate")
+    serve.add_argument("--port", type=int, default=8900, help="default 8900")
+    serve.add_argument("--certificate", type=Path, metavar="PEM", help="for https")
+    serve.add_argument("--key", type=Path, metavar="PEM", help="of the certificate")
+
+
+def _run(name: str, arguments: argparse.Namespace, write_json: Any) -> None:
+    answer = _ask(name, arguments, _request(name, arguments))
+    if arguments.json:
+        write_json(answer, arguments.json)
+    if arguments.json != "-":
+        _print(name, answer)
+    corrupt = sum(row["corrupt"] for row in answer.values()) if name == "verify" else 0
+    if corrupt:
+        raise errors.TierError(f"{corrupt} chunks were damaged and are deleted")
+
+
+def _request(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    remote = _is_api(arguments.target)
+    given = getattr(arguments, "tier", None)
+    if given and not remote:
+        raise errors.ConfigError("--tier chooses a tier of an engine's API; a directory or tier URL is one tier")
+    tier = given if remote else TIER
+    if name in ("move", "compress") and bool(arguments.keys) == arguments.all:
+        raise errors.ConfigError(f"{name} needs keys, or --all")
+    keys = getattr(arguments, "keys", None) or None
+    if name in ("move", "compress") and tier is None:
+        raise errors.ConfigError(f"{name} on an engine's API needs --tier")
+    match name:
+        case "ls":
+            return {"tier": tier, "salt": arguments.salt, "limit": arguments.limit}
+        case "lookup":
+            tokens = _tokens(arguments.tokens) if arguments.tokens else []
+            names = ("fingerprint", "salt", "layout", "chunk_tokens")
+            return {"keys": keys or [], "tokens": tokens, **{n: getattr(arguments, n) for n in names}}
+        case "pin":
+            return {"keys": keys, "seconds": arguments.seconds}
+        case "unpin":
+            return {"keys": keys}
+        case "move":
+            return {
+                "keys": keys,
+                "source": tier,
+                "target": arguments.to if remote else "target",
+                "keep": arguments.keep,
+            }
+        case "compress":
+            return {"keys": keys, "tier": tier, "codec": None if arguments.codec == "none" else arguments.codec}
+        case "verify":
+            return {"tier": tier}
+        case "clear":
+            return {"tier": tier, "salt": arguments.salt, "force": arguments.force}
+    return {}
+
+
+def _ask(name: str, arguments: argparse.Namespace, request: dict[str, Any]) -> Any:
+    if _is_api(arguments.target):
+        return _post(arguments.target, name, request)
+    from lmcache_blend.engine.admin import Admin
+    from lmcache_blend.engine.tiers.base import PinningTier
+
+    second = {"target": (arguments.to, arguments.codec)} if name == "move" else {}
+    with _engine({TIER: (arguments.target, None), **second}) as engine:
+        if name in ("pin", "unpin") and not isinstance(engine.top.tier, PinningTier):
+            raise errors.ConfigError(
+                f"{arguments.target} keeps no pins: pin through the API of the engine that uses it"
+            )
+        answer = Admin(engine, own_files=True).run(name, request)
+    if name == "usage" and answer[TIER] is None:
+        raise errors.TierError(f"{arguments.target} does not answer")
+    return answer
+
+
+@contextmanager
+def _engine(targets: dict[str, tuple[str, str | None]]) -> Iterator[Any]:
+    """An engine over the targets, each a tier that stands alone: nothing is promoted, evicted or written through."""
+    from lmcache_blend.engine import KVEngine
+
+    tiers = []
+    for name, (target, codec) in targets.items():
+        settings = {"name": name, "codec": codec, "promote": False, "write": "back", "faults": {"timeout_s": TIMEOUT_S}}
+        if "://" in target:
+            tiers.append({"tier": target, **settings})
+        elif Path(target).is_dir() or name != TIER:
+            tiers.append({"tier": "disk", "path": target, **settings})
+        else:
+            raise errors.ConfigError(f"{target!r} is no directory and no URL of a store")
+    with KVEngine(tiers=tiers) as engine:
+        yield engine
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from lmcache_blend.engine.http import serve
+
+    if _is_api(arguments.target):
+        raise errors.ConfigError(f"{arguments.target} is an API already; give a directory or the URL of a tier")
+    token = _token()
+    with _engine({TIER: (arguments.target, None)}) as engine:
+        print(f"http{'s' if arguments.certificate else ''}://{arguments.host}:{arguments.port}/v1", flush=True)
+        serve(engine, token, arguments.host, arguments.port, arguments.certificate, arguments.key)
+
+
+def _is_api(target: str) -> bool:
+    return target.startswith(("http://", "https://"))
+
+
+def _token() -> str:
+    token = os.environ.get(TOKEN, "")
+    if not token:
+        raise errors.ConfigError(f"set {TOKEN}, e.g. to $(openssl rand -hex 32)")
+    return token
+
+
+def _post(target: str, operation: str, request: dict[str, Any]) -> Any:
+    import urllib.error
+    import urllib.request
+
+    headers = {"Authorization": f"Bearer {_token()}", "Content-Type": "application/json"}
+    url = f"{target.rstrip('/').removesuffix('/v1')}/v1/{operation}"
+    call = urllib.request.Request(url, json.dumps(request).encode(), headers)
+    try:
+        with urllib.request.urlopen(call, timeout=600) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        try:
+            message = json.load(error)["error"]
+        except (ValueError, KeyError, TypeError):
+            message = error.reason
+        kind = errors.ConfigError if error.code in (400, 401, 404, 413) else errors.TierError
+        raise kind(f"{target}: {message}") from None
+    except (OSError, ValueError) as error:
+        raise errors.TierError(f"{target} does not answer: {error}") from None
+
+
+def _tokens(file: str) -> Any:
+    import sys
+
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text()
+        tokens = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise errors.DataError(f"{file} is no JSON list of token ids: {error}") from None
+    if not isinstance(tokens, list):
+        raise errors.DataError(f"{file} is no JSON list of token ids")
+    return tokens
+
+
+def _print(name: str, answer: Any) -> None:
+    match name:
+        case "ls":
+            for row in answer["chunks"]:
+                print(f"{row['key']}  {row['tier']:<8} {row['nbytes']:>12,} B{'  pinned' if row['pinned'] else ''}")
+            if not answer["complete"]:
+                print(f"... more than {len(answer['chunks']):,}; --limit N shows more")
+        case "lookup":
+            for key, tier in zip(answer["keys"], answer["tiers"], strict=True):
+                print(f"{key}  {tier or 'absent'}")
+            tokens = "" if answer["prefix_tokens"] is None else f", {answer['prefix_tokens']:,} tokens"
+            print(f"prefix: {answer['prefix_chunks']:,} chunks{tokens}")
+        case "usage":
+            for tier, row in answer.items():
+                room = "" if row is None or row["capacity_bytes"] is None else f" of {row['capacity_bytes']:,}"
+                print(
+                    f"{tier}: "
+                    + ("no answer" if row is None else f"{row['chunks']:,} chunks, {row['nbytes']:,}{room} B")
+                )
+        case "verify":
+            for tier, row in answer.items():
+                print(f"{tier}: {row['checked']:,} chunks read, {row['corrupt']:,} damaged and deleted")
+        case _:
+            for word, value in answer.items():
+                if isinstance(value, list):
+                    value = (
+                        f"{sum(map(bool, value)):,} of {len(value):,}"
+                        if word != "missed"
+                        else " ".join(value) or "none"
+                    )
+                print(f"{word}: {value}")

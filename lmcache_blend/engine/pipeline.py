@@ -1,0 +1,225 @@
+"""Layer by layer: the next layers are read and decoded in the background while the model computes the present one.
+
+Reads go layer by layer over all chunks of a prompt, so that the first layer of the last chunk does not wait for the
+last layer of the first. Whoever needs a layer waits for that layer only. What was hidden behind computing is measured:
+`LayerReads.seconds` from the first read to the last, `waited` by those who needed a layer.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmcache_blend.engine import values
+from lmcache_blend.engine.level import Level
+from lmcache_blend.engine.reading import read
+from lmcache_blend.engine.store import Stored
+from lmcache_blend.engine.tiers.base import Miss, Outcome
+from lmcache_blend.errors import ChunkLostError, CorruptChunkError
+from lmcache_blend.types import KVChunk, Pair
+
+if TYPE_CHECKING:
+    from lmcache_blend.engine.engine import KVEngine
+
+WHOLE = 4 * values.HEAD_GUESS
+"""Values up to so many bytes are read in one piece."""
+
+
+class Arriving(Sequence[Pair]):
+    """The layers of one chunk; indexing waits. shapes: per layer (H, Dk, H', Dv), known at once."""
+
+    def __init__(self, reads: "LayerReads", key: bytes, head: values.Head, data: memoryview, slot: np.ndarray | None):
+        self.key, self.head, self.data, self.slot, self.shapes = key, head, data, slot, head.meta.shapes
+        self.layers: list[Pair | None] = [None] * len(self.shapes)
+        self.lost: str | None = None
+        self._reads = reads
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Pair, ...]: ...
+    def __getitem__(self, index: int | slice) -> Pair | tuple[Pair, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        return self.layers[index] or self._reads.wait(self, index)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (self[i] for i in range(len(self)))
+
+
+class LayerReads:
+    """Chunks of one tier on their way. seconds: the transfer so far; waited: by those who needed a layer."""
+
+    def __init__(self, engine: "KVEngine", level: Level):
+        self.waited = 0.0
+        self._engine, self._level = engine, level
+        self._chunks: list[Arriving] = []
+        self._began, self._ended = time.perf_counter(), 0.0
+        self._news = threading.Condition()
+
+    @property
+    def seconds(self) -> float:
+        return max(self._ended - self._began, 0.0)
+
+    def start(self, keys: Sequence[bytes]) -> list[Stored | None]:
+        """Read the heads, and have the layers read; None for what is not there."""
+        out: list[Stored | None] = [None] * len(keys)
+        rows, buffers, slots, level = [], [], [], self._level
+        room, _ = self._engine.promotion(level)
+        for i, size in enumerate(level.lookup(keys)):
+            if isinstance(size, Miss):
+                level.metrics.miss(level.cause(size))
+                continue
+            slots.append(room(keys[i], size))
+            rows.append(i)
+            buffers.append(memoryview(np.empty(size, np.uint8) if slots[-1] is None else slots[-1]))  # pyright: ignore
+        wanted = [keys[i] for i in rows]
+        first = [b if len(b) <= WHOLE else b[: values.HEAD_GUESS] for b in buffers]
+        done = level.get(wanted, first, [0] * len(rows))
+        for i, data, got, slot, outcome in zip(rows, buffers, first, slots, done, strict=True):
+            try:
+                out[i] = self._open(keys[i], data, got, slot, outcome)
+            except CorruptChunkError as error:
+                level.missed(keys[i], outcome if isinstance(outcome, Miss) else Miss("corrupt", str(error)))
+        starts = sorted({start for chunk in self._chunks for start in _starts(chunk)})
+        for layer in starts:
+            self._engine.workers.submit(self._bring, layer, priority=layer)
+        return out
+
+    def _open(self, key: bytes, data: memoryview, got: memoryview, slot: np.ndarray | None, outcome: Outcome) -> Stored:
+        if isinstance(outcome, Miss):
+            raise CorruptChunkError(outcome.cause)
+        if (need := values.head_bytes(got)) > len(got):
+            self._rest(key, data, len(got), need)
+        head = values.parse(data[: max(need, len(got))], key, len(data))
+        if head.first_bytes > max(need, len(got)):
+            self._rest(key, data, max(need, len(got)), head.first_bytes)
+        layers = Arriving(self, key, head, data, slot)
+        self._chunks.append(layers)
+        return Stored(KVChunk(head.tokens(data), layers, head.meta.exact_after), len(data), self)  # pyright: ignore
+
+    def _rest(self, key: bytes, data: memoryview, start: int, end: int) -> None:
+        if end > len(data):
+            raise CorruptChunkError(f"{end} bytes of head in a value of {len(data)}")
+        (outcome,) = self._level.get([key], [data[start:end]], [start])
+        if isinstance(outcome, Miss):
+            raise CorruptChunkError(outcome.cause)
+
+    def _bring(self, layer: int) -> None:
+        """Read and decode the groups that begin at a layer."""
+        here = [(c, _starts(c).index(layer)) for c in self._chunks if c.lost is None and layer in _starts(c)]
+        far = [(c, g) for c, g in here if len(c.data) > WHOLE]
+        spans = [c.head.span(g) for c, g in far]
+        parts = [c.data[start:end] for (c, _), (start, end) in zip(far, spans, strict=True)]
+        outcomes = self._level.get([c.key for c, _ in far], parts, [start for start, _ in spans])
+        failed = {id(c): o for (c, _), o in zip(far, outcomes, strict=True) if isinstance(o, Miss)}
+        for chunk, group in here:
+            try:
+                if id(chunk) in failed:
+                    raise CorruptChunkError(failed[id(chunk)].cause)
+                pairs = chunk.head.group(chunk.data, group, self._level.coder(chunk.head))
+            except Exception as error:
+                self._lose(chunk, failed.get(id(chunk)) or Miss("corrupt", str(error)))
+                continue
+            with self._news:
+                chunk.layers[layer : layer + len(pairs)] = pairs
+                self._ended = time.perf_counter()
+                self._news.notify_all()
+            if None not in chunk.layers:
+                self._complete(chunk)
+
+    def _lose(self, chunk: Arriving, miss: Miss) -> None:
+        self._level.missed(chunk.key, miss)
+        with self._news:
+            chunk.lost = miss.detail or miss.cause
+            self._news.notify_all()
+
+    def _complete(self, chunk: Arriving) -> None:
+        self._level.metrics.hit()
+        self._level.touch([chunk.key])
+        whole = KVChunk(chunk.head.tokens(chunk.data), tuple(chunk.layers), chunk.head.meta.exact_after)  # pyright: ignore
+        _, filled = self._engine.promotion(self._level)
+        filled(chunk.key, whole, chunk.slot if chunk.head.meta.codec is None else None)
+
+    def wait(self, chunk: Arriving, layer: int) -> Pair:
+        """The layer, as soon as it is there. Raises ChunkLostError."""
+        began = time.perf_counter()
+        with self._news:
+            self._news.wait_for(lambda: chunk.layers[layer] is not None or chunk.lost is not None)
+        self.waited += time.perf_counter() - began
+        pair = chunk.layers[layer]
+        if pair is None:
+            raise ChunkLostError(chunk.key, f"layer {layer} could not be loaded: {chunk.lost}")
+        return pair
+
+
+def _starts(chunk: Arriving) -> list[int]:
+    """The first layer of each group."""
+    at, out = 0, []
+    for size in chunk.head.meta.groups:
+        out.append(at)
+        at += size
+    return out
+
+
+def load(engine: "KVEngine", keys: Sequence[bytes]) -> list[Stored | None]:
+    """See KVEngine.load."""
+    out: list[Stored | None] = [None] * len(keys)
+    left: list[int] = []
+    for i, key in enumerate(keys):
+        waiting: Any = engine.writing.pending.get(key)
+        if waiting is None:
+            left.append(i)
+        else:
+            out[i] = Stored(waiting, waiting.nbytes)
+    for level in engine.levels:
+        if not left:
+            break
+        wanted = [keys[i] for i in left]
+        if level.memory is None:
+            found = LayerReads(engine, level).start(wanted)
+        else:
+            found = [None if chunk is None else Stored(chunk, n) for chunk, n in read(level, wanted)]
+        for i, item in zip(left, found, strict=True):
+            out[i] = item
+        left = [i for i in left if out[i] is None]
+    return out
+
+
+class LayerWriter:
+    """A chunk that is stored as its layers are computed; visible as a whole when the last one is there, or never.
+
+    Each `put` copies one layer, and blocks no longer than that.
+    """
+
+    def __init__(self, engine: "KVEngine", key: bytes, blank: values.Blank, cost: float):
+        self._engine, self._key, self._blank, self._cost = engine, key, blank, cost
+        self._slot = engine.writing.begin(blank, key)
+        self._left = set(range(len(blank.meta.shapes)))
+        self._waits = False
+        if self._slot is not None:
+            blank.begin(self._slot)
+
+    @property
+    def taken(self) -> bool:
+        """Whether there is room; where not, `put` does nothing."""
+        return self._slot is not None
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Copy a layer, K [H, T, Dk] and V [H', T, Dv]. Raises ConfigError for another shape or type."""
+        if self._slot is None or layer not in self._left:
+            return
+        self._waits = self._blank.put(self._slot, layer, k, v) or self._waits
+        self._left.discard(layer)
+        if not self._left:
+            if self._waits:
+                torch.cuda.current_stream().synchronize()
+            self._engine.writing.finish(self._key, self._slot, self._cost)
+            self._slot = None

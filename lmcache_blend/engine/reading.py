@@ -1,0 +1,80 @@
+"""The way up: read, check and decode chunks of one level; whatever fails is counted and is a miss."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lmcache_blend.engine import values
+from lmcache_blend.engine.level import Level
+from lmcache_blend.engine.tiers.base import Miss, Outcome
+from lmcache_blend.errors import ConfigError, CorruptChunkError
+from lmcache_blend.types import KVChunk
+
+Read = tuple[KVChunk | None, int]
+"""A chunk and the bytes of its value; (None, 0) for a miss."""
+MISS: Read = (None, 0)
+Room = Callable[[bytes, int], np.ndarray | None]
+Filled = Callable[[bytes, KVChunk, np.ndarray | None], None]
+
+
+def read(
+    level: Level,
+    keys: Sequence[bytes],
+    into: Sequence[Any] | None = None,
+    room: Room = lambda key, nbytes: None,
+    filled: Filled = lambda key, chunk, slot: None,
+    leaving: bool = False,
+) -> list[Read]:
+    """Whole chunks of one level.
+
+    leaving: also those that are just being evicted.
+    into: buffers to read into. room: gives the memory to read a value into, or None for fresh memory. filled: called
+    with every chunk that came out well, and with its raw value where that lies in memory that `room` gave.
+    Raises ConfigError for a buffer that is too short.
+    """
+    out, rows, buffers, slots = [MISS] * len(keys), [], [], []
+    for i, size in enumerate(level.lookup(keys, leaving)):
+        if isinstance(size, Miss):
+            level.metrics.miss(level.cause(size))
+            continue
+        slot = None
+        if into is not None:
+            buffer = memoryview(into[i]).cast("B")
+            if len(buffer) < size:
+                raise ConfigError(f"buffer {i} has {len(buffer)} bytes, the value of its chunk {size}")
+            buffer = buffer[:size]
+        elif level.memory is not None:
+            buffer = level.memory.view(keys[i])
+            if buffer is None:
+                level.missed(keys[i], Miss("absent"))
+                continue
+        else:
+            slot = room(keys[i], size)
+            buffer = memoryview(np.empty(size, np.uint8) if slot is None else slot)  # pyright: ignore
+        rows.append(i)
+        buffers.append(buffer)
+        slots.append(slot)
+    wanted, hits = [keys[i] for i in rows], []
+
+    def check(j: int, outcome: Outcome) -> None:
+        try:
+            if isinstance(outcome, Miss):
+                raise CorruptChunkError(outcome.cause)
+            head = values.parse(buffers[j], wanted[j], len(buffers[j]), trusted=level.memory is not None)
+            chunk = head.chunk(buffers[j], level.coder(head))
+        except CorruptChunkError as error:
+            level.missed(wanted[j], outcome if isinstance(outcome, Miss) else Miss("corrupt", str(error)))
+            return
+        out[rows[j]] = chunk, len(buffers[j])
+        hits.append(wanted[j])
+        filled(wanted[j], chunk, slots[j] if head.meta.codec is None else None)
+
+    if level.memory is not None and into is None:
+        for j, buffer in enumerate(buffers):
+            check(j, len(buffer))
+    else:
+        level.get(wanted, buffers, [0] * len(rows), check)
+    level.metrics.hit(len(hits))
+    level.touch(hits)
+    return out

@@ -1,0 +1,366 @@
+"""What a tier stores of a chunk: a checked head, the token ids, and K and V, raw or in a codec's container.
+
+    magic "LMCBVAL1" | key 32 | bytes of all u64 | bytes of the meta u32 | segments u32 | table | meta (JSON) | XXH3-128
+    of all before | token ids | K and V
+
+The table has a row per segment, offset u64, bytes u64, XXH3-128: token ids (uint32), then each group of layers, then,
+for coded chunks, the container's own head. Raw, a group is one layer, K [H, T, Dk] before V [H, T, Dv], each group
+at a multiple of 64 bytes; coded, the container lies in one piece and its groups are the segments. So groups can be
+read, checked and decoded one by one. Little endian; nothing is executed or unpickled; all sizes are checked against
+each other and against the size of the whole before anything is allocated. The key inside makes a value that got under
+another's name a miss. The checksum tells damage, not malice: who can write to a tier can write valid values to it.
+Values in this process's own memory go without checksums ("checked": false).
+"""
+
+import ctypes
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from lmcache_blend.codecs import Codec, PipelineCodec
+from lmcache_blend.codecs.container import DTYPES, MAX_LAYERS, Container, Shape, parse_header, runs
+from lmcache_blend.codecs.pipeline import NAMES
+from lmcache_blend.engine.tiers.base import Part
+from lmcache_blend.errors import ConfigError, CorruptChunkError
+from lmcache_blend.types import KVChunk, Pair
+
+MAGIC = b"LMCBVAL1"
+PREFIX = struct.Struct("<8s32sQII")
+ROW = struct.Struct("<QQ16s")
+DIGEST, ALIGN, MAX_META = 16, 64, 1 << 20
+HEAD_GUESS = 1 << 14
+"""Bytes that hold the head and the token ids of most values, so that one read gets them."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """tokens: T. shapes, dtypes: per layer. groups: layers per group. codec: its config, None for raw."""
+
+    tokens: int
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[tuple[str, str], ...]
+    groups: tuple[int, ...]
+    codec: dict[str, Any] | None
+    exact_after: bytes | None
+    checked: bool
+
+    def layer_bytes(self, layer: int) -> tuple[int, int]:
+        """Of K and of V, raw."""
+        (h, d, h2, d2), (k, v) = self.shapes[layer], self.dtypes[layer]
+        return h * d * self.tokens * DTYPES[k].itemsize, h2 * d2 * self.tokens * DTYPES[v].itemsize
+
+
+@dataclass(frozen=True)
+class Head:
+    """The parsed head of a value. table: (offset, bytes, checksum) per segment. nbytes: of the whole value."""
+
+    key: bytes
+    meta: Meta
+    table: tuple[tuple[int, int, bytes], ...]
+    nbytes: int
+
+    @property
+    def first_bytes(self) -> int:
+        """Bytes up to the first group: what is read before any layer."""
+        return self.table[1][0] if self.meta.groups else self.nbytes
+
+    def span(self, group: int) -> tuple[int, int]:
+        """First byte and end of a group; the last one's takes what lies behind it along."""
+        start, size, _ = self.table[1 + group]
+        return start, self.nbytes if group == len(self.meta.groups) - 1 else start + size
+
+    def check(self, data: memoryview, segment: int) -> memoryview:
+        """A segment of the value `data`, checked. Raises CorruptChunkError."""
+        start, size, digest = self.table[segment]
+        part = data[start : start + size]
+        if self.meta.checked and xxhash.xxh3_128_digest(part) != digest:
+            raise CorruptChunkError(f"segment {segment} of {len(self.table)} does not match its checksum")
+        return part
+
+    def tokens(self, data: memoryview) -> Tensor:
+        """Token ids [T] int64. Raises CorruptChunkError."""
+        return torch.from_numpy(np.frombuffer(self.check(data, 0), "<u4").astype(np.int64))
+
+    def group(self, data: memoryview, group: int, codec: Codec | None) -> list[Pair]:
+        """The layers of one group of `data`, whose first bytes and this group are there. Raises CorruptChunkError.
+
+        Raw ones are views of `data`. codec: what coded values were coded with.
+        """
+        if self.meta.codec is None:
+            return [self._raw(self.check(data, 1 + group), group)]
+        self.check(data, 1 + group)
+        container = data[self.table[-1][0] :]
+        if isinstance(codec, PipelineCodec):
+            layers = codec.decode_layers(container, group)  # pyright: ignore[reportArgumentType]
+        else:
+            layers = list(self._coder(codec).decode(bytes(container)).layers)
+        self._fits(layers, sum(self.meta.groups[:group]))
+        return layers
+
+    def chunk(self, data: memoryview, codec: Codec | None) -> KVChunk:
+        """The whole chunk; raw K and V are views of `data`. Raises CorruptChunkError."""
+        tokens = self.tokens(data)
+        if self.meta.codec is None:
+            layers = [self._raw(self.check(data, 1 + i), i) for i in range(len(self.meta.groups))]
+        else:
+            for segment in range(1, len(self.table)):
+                self.check(data, segment)
+            layers = list(self._coder(codec).decode(bytes(data[self.table[-1][0] :])).layers)
+            self._fits(layers, 0)
+        return KVChunk(tokens, tuple(layers), self.meta.exact_after)
+
+    def _raw(self, part: memoryview, layer: int) -> Pair:
+        (h, d, h2, d2), (k, v) = self.meta.shapes[layer], self.meta.dtypes[layer]
+        cut, tokens = self.meta.layer_bytes(layer)[0], self.meta.tokens
+        return _tensor(part[:cut], DTYPES[k], (h, tokens, d)), _tensor(part[cut:], DTYPES[v], (h2, tokens, d2))
+
+    def _coder(self, codec: Codec | None) -> Codec:
+        if codec is None:
+            raise CorruptChunkError(f"the value is coded with {self.meta.codec}, and no such codec is at hand")
+        return codec
+
+    def _fits(self, layers: Sequence[Pair], first: int) -> None:
+        for i, pair in enumerate(layers, first):
+            (h, d, h2, d2), t = self.meta.shapes[i], self.meta.tokens
+            if [tuple(x.shape) for x in pair] != [(h, t, d), (h2, t, d2)]:
+                raise CorruptChunkError(f"layer {i} does not decode to the shapes that the value's head names")
+
+
+def encode(key: bytes, chunk: KVChunk, codec: Codec | None = None) -> list[Part]:
+    """A value in pieces; raw K and V are not copied, so the chunk must not change until the pieces are written.
+
+    Raises ConfigError for what cannot be stored.
+    """
+    lead, tail = memoryview(b""), memoryview(b"")
+    if codec is None:
+        groups, config = (1,) * len(chunk.layers), None
+        parts = [[_bytes(k), _bytes(v)] for k, v in chunk.layers]
+    else:
+        data, config = memoryview(codec.encode(chunk)), {k: v for k, v in codec.get_config().items() if k != "profile"}
+        groups, parts = (len(chunk.layers),), [[data]]
+        if isinstance(codec, PipelineCodec):
+            container = Container(data)
+            groups, at = container.header.groups, container.start + container.sizes[0]
+            lead, parts = data[:at], []
+            for size in container.sizes[1:]:
+                parts.append([data[at : at + size]])
+                at += size
+            tail = data[at:]
+    ids, meta = _ids(chunk.tokens), _meta(chunk, groups, config, checked=True)
+    sizes, text = [sum(map(len, p)) for p in parts], _dump(meta)
+    spans, total = _spans(meta, len(text), len(ids), sizes, len(lead), len(tail))
+    pieces = [[ids], *parts, *([] if codec is None else [[lead]])]
+    out: list[Part] = [_head(key, total, text, spans, [_digest(p) for p in pieces])]
+    at = len(out[0])
+    order = [0, *range(1, len(pieces))] if codec is None else [0, len(pieces) - 1, *range(1, len(pieces) - 1)]
+    for i in order:
+        out += [bytes(spans[i][0] - at), *pieces[i]]
+        at = sum(spans[i])
+    return [*out, tail]
+
+
+class Blank:
+    """A raw value without checksums, to be filled in place: take `nbytes` of memory, then `fill`, or layer by layer.
+
+    shapes, dtypes: per layer (H, Dk, H', Dv) and the float types of K and V.
+    """
+
+    def __init__(
+        self,
+        key: bytes,
+        tokens: Tensor,
+        shapes: Sequence[Shape],
+        dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
+        exact_after: bytes | None = None,
+    ):
+        for i, types in enumerate(dtypes):
+            if types[0] not in NAMES or types[1] not in NAMES:
+                raise ConfigError(f"layer {i} is {types[0]}, {types[1]}; a value holds {', '.join(DTYPES)}")
+        names = tuple((NAMES[k], NAMES[v]) for k, v in dtypes)
+        ids, groups = _ids(tokens), (1,) * len(shapes)
+        self.meta = Meta(len(tokens), tuple(shapes), names, groups, None, exact_after, checked=False)
+        text, sizes = _dump(self.meta), [sum(self.meta.layer_bytes(i)) for i in range(len(shapes))]
+        self._spans, self.nbytes = _spans(self.meta, len(text), len(ids), sizes)
+        self._first = _head(key, self.nbytes, text, self._spans, [bytes(DIGEST)] * len(self._spans)) + ids
+
+    @classmethod
+    def of(cls, key: bytes, chunk: KVChunk) -> "Blank":
+        """For a whole chunk. Raises ConfigError for what cannot be stored."""
+        meta = _meta(chunk, (1,) * len(chunk.layers), None, checked=False)
+        types = [(DTYPES[k], DTYPES[v]) for k, v in meta.dtypes]
+        return cls(key, chunk.tokens, meta.shapes, types, chunk.exact_after)
+
+    def fill(self, slot: np.ndarray, layers: Sequence[Pair]) -> None:
+        """Copy all layers into slot [nbytes] uint8; from CUDA through its current stream, finished on return."""
+        self.begin(slot)
+        waits = [self.put(slot, i, *pair) for i, pair in enumerate(layers)]
+        if any(waits):
+            torch.cuda.current_stream().synchronize()
+
+    def begin(self, slot: np.ndarray) -> None:
+        """Write the head and the token ids."""
+        if slot.nbytes < self.nbytes:
+            raise ConfigError(f"{slot.nbytes} bytes are too few for a value of {self.nbytes}")
+        slot[: len(self._first)] = np.frombuffer(self._first, np.uint8)
+
+    def put(self, slot: np.ndarray, layer: int, k: Tensor, v: Tensor) -> bool:
+        """Copy one layer; whether a copy from CUDA may still run. Raises ConfigError where its shape is another."""
+        (h, d, h2, d2), types, t = self.meta.shapes[layer], self.meta.dtypes[layer], self.meta.tokens
+        at, base, waits = self._spans[1 + layer][0], slot.ctypes.data, False
+        for x, shape, dtype in ((k, (h, t, d), types[0]), (v, (h2, t, d2), types[1])):
+            if x.shape != shape or NAMES.get(x.dtype) != dtype:
+                raise ConfigError(f"layer {layer} is {x.dtype} {list(x.shape)}, not {dtype} {list(shape)}")
+            size = x.nbytes
+            if x.is_cpu and x.is_contiguous():
+                ctypes.memmove(base + at, x.data_ptr(), size)
+            elif size:
+                piece = torch.from_numpy(slot[at : at + size]).view(x.dtype).view(x.shape)
+                piece.copy_(x.detach(), non_blocking=True)
+                waits = waits or x.is_cuda
+            at += size
+        return waits
+
+
+def head_bytes(data: memoryview) -> int:
+    """Bytes that `parse` needs, told from the first 56 of a value. Raises CorruptChunkError."""
+    if len(data) < PREFIX.size:
+        raise CorruptChunkError(f"{len(data)} bytes are too short for a value")
+    magic, _, _, meta, segments = PREFIX.unpack_from(data)
+    if magic != MAGIC:
+        raise CorruptChunkError("these bytes are no value: the magic number does not fit")
+    if meta > MAX_META or segments > MAX_LAYERS + 2:
+        raise CorruptChunkError(f"a head of {meta} bytes and {segments} segments is over the limits")
+    return PREFIX.size + segments * ROW.size + meta + DIGEST
+
+
+def parse(data: memoryview, key: bytes, nbytes: int, trusted: bool = False) -> Head:
+    """The head of the value of `key`, nbytes long; `data` holds at least the head. Raises CorruptChunkError.
+
+    trusted: the bytes were checked before and lie in this process's memory; their checksums are not looked at again.
+    """
+    end = head_bytes(data)
+    if end > len(data):
+        raise CorruptChunkError(f"a head of {end} bytes does not fit into {len(data)}")
+    _, named, total, meta_bytes, segments = PREFIX.unpack_from(data)
+    if xxhash.xxh3_128_digest(data[: end - DIGEST]) != data[end - DIGEST : end]:
+        raise CorruptChunkError("the value's head does not match its checksum")
+    if named != key:
+        raise CorruptChunkError("the value belongs to another key")
+    if total != nbytes:
+        raise CorruptChunkError(f"a value of {total} bytes has become {nbytes}")
+    meta = _load(bytes(data[end - DIGEST - meta_bytes : end - DIGEST]))
+    table = tuple(ROW.iter_unpack(data[PREFIX.size : PREFIX.size + segments * ROW.size]))
+    count = 1 + len(meta.groups)
+    if len(table) != count + (meta.codec is not None):
+        raise CorruptChunkError(f"{len(table)} segments do not fit {len(meta.groups)} groups of layers")
+    sizes = [size for _, size, _ in table[1:count]]
+    if meta.codec is None and sizes != [sum(meta.layer_bytes(i)) for i in range(len(meta.shapes))]:
+        raise CorruptChunkError("the segments do not have the sizes of the layers")
+    lead = table[-1][1] if meta.codec is not None else 0
+    spans, last = _spans(meta, meta_bytes, 4 * meta.tokens, sizes, lead)
+    if [row[:2] for row in table] != spans or last > total or (meta.codec is None and last != total):
+        raise CorruptChunkError("the segments do not lie where they must")
+    return Head(key, replace(meta, checked=False) if trusted and meta.checked else meta, table, total)
+
+
+def _spans(
+    meta: Meta, meta_bytes: int, ids: int, sizes: Sequence[int], lead: int = 0, tail: int = 0
+) -> tuple[list[tuple[int, int]], int]:
+    """(offset, bytes) of each segment in the table's order, and the size of the whole."""
+    coded = meta.codec is not None
+    head = PREFIX.size + (1 + len(sizes) + coded) * ROW.size + meta_bytes + DIGEST
+    container = at = _aligned(head + ids)
+    at += lead
+    out = [(head, ids)]
+    for size in sizes:
+        at = at if coded else _aligned(at)
+        out.append((at, size))
+        at += size
+    return [*out, *([(container, lead)] if coded else [])], at + tail
+
+
+def _aligned(at: int) -> int:
+    return -(-at // ALIGN) * ALIGN
+
+
+def _head(key: bytes, total: int, meta: bytes, spans: Sequence[tuple[int, int]], digests: Sequence[bytes]) -> bytes:
+    rows = b"".join(ROW.pack(*span, digest) for span, digest in zip(spans, digests, strict=True))
+    start = PREFIX.pack(MAGIC, key, total, len(meta), len(spans)) + rows + meta
+    return start + xxhash.xxh3_128_digest(start)
+
+
+def _digest(parts: Sequence[Part]) -> bytes:
+    running = xxhash.xxh3_128()
+    for part in parts:
+        running.update(part)
+    return running.digest()
+
+
+def _ids(tokens: Tensor) -> bytes:
+    ids = tokens.cpu().numpy()
+    if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 32):
+        raise ConfigError(f"token ids reach from {ids.min()} to {ids.max()}; a value holds 0 to {(1 << 32) - 1}")
+    return ids.astype("<u4").tobytes()
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """The tensor's memory, copied only where it is not one piece on the CPU."""
+    flat = x.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def _tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:
+    if not len(data):
+        return torch.empty(shape, dtype=dtype)
+    # torch has no tensors of read-only memory.
+    return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=dtype).view(shape)
+
+
+def _meta(chunk: KVChunk, groups: tuple[int, ...], codec: dict[str, Any] | None, checked: bool) -> Meta:
+    shapes, dtypes, tokens = [], [], len(chunk)
+    for i, (k, v) in enumerate(chunk.layers):
+        (*_, t, d), (*_, t2, d2) = k.shape, v.shape
+        if k.dtype not in NAMES or v.dtype not in NAMES or k.dim() != 3 or v.dim() != 3 or t != tokens or t2 != tokens:
+            found, wanted = f"{k.dtype} {list(k.shape)}, {v.dtype} {list(v.shape)}", f"[H, {tokens}, D]"
+            raise ConfigError(f"layer {i} is {found}; a value holds {wanted} of {', '.join(DTYPES)}")
+        shapes.append((k.shape[0], d, v.shape[0], d2))
+        dtypes.append((NAMES[k.dtype], NAMES[v.dtype]))
+    return Meta(tokens, tuple(shapes), tuple(dtypes), groups, codec, chunk.exact_after, checked)
+
+
+def _dump(meta: Meta) -> bytes:
+    raw = {
+        "tokens": meta.tokens,
+        "layers": runs(list(zip(meta.shapes, meta.dtypes, strict=True))),
+        "groups": runs(list(meta.groups)),
+        "codec": meta.codec,
+        "exact_after": None if meta.exact_after is None else meta.exact_after.hex(),
+        "checked": meta.checked,
+    }
+    text = json.dumps(raw, separators=(",", ":")).encode()
+    if len(text) > MAX_META or len(meta.shapes) > MAX_LAYERS:
+        raise ConfigError(f"{len(meta.shapes)} layers, {len(text)} bytes of description: over the limits of a value")
+    return text
+
+
+@lru_cache(maxsize=1024)
+def _load(text: bytes) -> Meta:
+    try:
+        raw = json.loads(text)
+        header = parse_header({**raw, "codec": raw["codec"] or {"id": "raw"}, "profile": None})
+        if type(raw["checked"]) is not bool:
+            raise ValueError("checked is no truth value")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise CorruptChunkError(f"value with a valid checksum is malformed: {error}") from None
+    codec = None if raw["codec"] is None else header.codec
+    if codec is None and set(header.groups) - {1}:
+        raise CorruptChunkError("raw layers come in groups of one")
+    return Meta(header.tokens, header.shapes, header.dtypes, header.groups, codec, header.exact_after, raw["checked"])
