@@ -1,4 +1,4 @@
-"""The command line: `lmcache-blend run`, `report`, `codec` and `ls`.
+"""The command line: `lmcache-blend run`, `report`, `codec`, `kernels` and `ls`.
 
 Exit status: 0 done; 2 bad arguments or input (one line on stderr, no traceback); 130 interrupted; 1 else.
 """
@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lmcache_blend import errors
-from lmcache_blend.cli_codec import add_commands
+from lmcache_blend import cli_codec, cli_kernels, errors
 
 BAD_INPUT = (
     errors.ConfigError,
@@ -119,7 +118,8 @@ def parser() -> Parser:
         "--json", metavar="FILE", help="write the leaderboard as JSON, - for stdout (instead of the table)"
     )
 
-    add_commands(commands, _write_json, _ls)
+    cli_codec.add_commands(commands, _write_json, _ls)
+    cli_kernels.add_commands(commands, _write_json)
 
     ls = commands.add_parser("ls", help="what is registered", description="Names of tasks, methods, codecs or tiers.")
     ls.set_defaults(command=_ls)

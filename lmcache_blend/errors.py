@@ -59,6 +59,10 @@ class CorruptChunkError(LMCacheBlendError, ValueError):
     """Stored bytes do not decode to the chunk that they claim to be."""
 
 
+class KernelError(LMCacheBlendError, RuntimeError):
+    """A kernel breaks a rule of the compile gate, or its result differs from its reference."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """One phrase that helps with a misspelt name: the nearest known one, or the whole list."""
     known = sorted(known)
