@@ -1,11 +1,9 @@
-"""Torch operators of this package: one schema, one implementation a device, one fake.
+"""Torch operators of this package: one schema, one function for every device, one fake.
 
-CUDA and ROCm tensors run the Triton kernel, CPU tensors the numba or torch path; with TRITON_INTERPRET=1 CPU tensors run
-the Triton source in its interpreter. An operator costs 2 microseconds a call here, a torch.library.custom_op 20, and the
-blender calls several in every layer.
+The function asks `launch.on_triton` where it runs. An operator costs 2 microseconds a call here, a
+torch.library.custom_op 20, and the blender calls several in every layer.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,18 +11,16 @@ import torch
 from torch.library import Library, infer_schema, register_fake
 
 NAMESPACE = "lmcache_blend"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_library = Library(NAMESPACE, "FRAGMENT")
+LIBRARY = Library(NAMESPACE, "FRAGMENT")
 
 
-def operator(name: str, cpu: Callable, gpu: Callable, fake: Callable, mutates: Sequence[str] = ()) -> Any:
-    """Register lmcache_blend::name with the signature of `cpu` and return it.
+def operator(name: str, run: Callable, fake: Callable, mutates: Sequence[str] = ()) -> Any:
+    """Register lmcache_blend::name with the signature of `run`, for CPU, CUDA and ROCm tensors, and return it.
 
-    gpu: launches the kernel; it imports Triton when it is first called, so that CPU paths do without it. fake: shapes
-    and dtypes of the result. mutates: arguments that are written to.
+    fake: shapes and dtypes of the result. mutates: arguments that are written to.
     """
-    _library.define(name + infer_schema(cpu, mutates_args=mutates))
-    _library.impl(name, gpu if INTERPRETED else cpu, "CPU")
-    _library.impl(name, gpu, "CUDA")
-    register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    LIBRARY.define(name + infer_schema(run, mutates_args=mutates))
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, device)
+    register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
