@@ -8,18 +8,21 @@ decoder faster. Values that a table has no symbol for are escapes, kept as int16
 
     words u32 | escapes u32 | states 32 x u32 | words x u16 | escapes x i16      (little endian)
 
-The numba kernels release the GIL; `decode_reference` is the same decoder in plain numpy.
+The work is done by the operators of lmcache_blend.triton_kernels.rans, on CPU by numba, without the GIL;
+`decode_reference` is the same decoder in plain numpy.
 """
 
 import struct
 
-import numba as nb
 import numpy as np
+import torch
 
-from lmcache_blend.codecs.tables import ESCAPE, MISSING, Tables
+from lmcache_blend.codecs.tables import MISSING, Tables
 from lmcache_blend.errors import CorruptChunkError
+from lmcache_blend.triton_kernels import rans as ops
+from lmcache_blend.triton_kernels.rans.cpu import fill
+from lmcache_blend.triton_kernels.rans.ops import LANES, LOW
 
-LANES, LOW = 32, 1 << 16
 HEAD = struct.Struct("<II")
 
 
@@ -43,15 +46,13 @@ def row_starts(lengths: np.ndarray) -> np.ndarray:
 
 def encode_rows(q: np.ndarray, lengths: np.ndarray, ids: np.ndarray, tables: Tables) -> bytes:
     """Rows of different lengths [R] in one flat int16 array, each from `row_starts` on, with zeros between them."""
-    starts, lengths = row_starts(lengths), np.asarray(lengths, np.int64)
-    symbols, escapes = np.empty(len(q), np.uint8), np.empty(len(q), np.int16)
-    count = _index(q, starts, lengths, ids, tables.width, tables.reach, tables.map, symbols, escapes)
-    words = np.empty(len(q) + 1, np.uint16)
-    start, states = _encode(symbols, starts, lengths, ids, tables.width, tables.freq, tables.cum, tables.bits, words)
-    used = words[start:]
-    head = HEAD.pack(len(used), count)
+    rows = _rows(lengths, ids)
+    made = ops.encode(torch.from_numpy(np.ascontiguousarray(q)), rows, tables.for_encode)
+    count = int(made.counts[0])
+    used, escapes = made.words.numpy()[int(made.firsts[0]) :], made.escapes.numpy()[:count]
+    states = made.states.numpy().astype("<u4")
     return (
-        head + states.astype("<u4").tobytes() + used.astype("<u2").tobytes() + escapes[:count].astype("<i2").tobytes()
+        HEAD.pack(len(used), count) + states.tobytes() + used.astype("<u2").tobytes() + escapes.astype("<i2").tobytes()
     )
 
 
@@ -59,15 +60,20 @@ def decode_rows(data: bytes | memoryview, lengths: np.ndarray, ids: np.ndarray, 
     """What `encode_rows` coded: the flat int16 array; undefined between the rows. Raises CorruptChunkError."""
     words, states, escapes = _parse(data)
     _check_ids(ids, tables)
-    starts, lengths = row_starts(lengths), np.asarray(lengths, np.int64)
-    out = np.empty(starts[-1], np.int16)
-    padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
-    t = tables
-    used = _decode(padded, len(words), states, starts, lengths, ids, t.width, t.lut, t.values, t.bits, out)
-    _check_end(int(used), len(words), states)
-    if _fill(out, starts, lengths, ids, tables.width, escapes) != len(escapes):
+    rows = _rows(lengths, ids)
+    made = ops.decode(
+        *_words(words),
+        torch.from_numpy(states[None]),
+        torch.from_numpy(escapes),
+        torch.tensor((0, len(escapes))),
+        rows,
+        int(rows.starts[-1]),
+        tables.for_decode,
+    )
+    _check_end(int(made.used[0]), len(words), made.states.numpy())
+    if int(made.filled[0]) != len(escapes):
         raise CorruptChunkError("the number of escaped values does not fit the symbols")
-    return out
+    return made.values.numpy()
 
 
 def decode_exact(data: bytes | memoryview, freq: np.ndarray, length: int) -> np.ndarray:
@@ -79,13 +85,13 @@ def decode_exact(data: bytes | memoryview, freq: np.ndarray, length: int) -> np.
     if not ((total == 256) | ((total == 255) & (freq.max(1, initial=0) == 255))).all():
         raise CorruptChunkError("a table's frequencies do not sum to 256")
     words, states, escapes = _parse(data)
-    out = np.empty((len(freq), length), np.int16)
-    padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
-    used = _decode_exact(padded, len(words), states, freq, length, out)
-    _check_end(int(used), len(words), states)
+    values, used, ends = ops.decode_exact(
+        *_words(words), torch.from_numpy(states[None]), torch.tensor((0, len(freq))), torch.tensor(freq), length
+    )
+    _check_end(int(used[0]), len(words), ends.numpy())
     if len(escapes):
         raise CorruptChunkError("a stream with exact tables has no escapes")
-    return out
+    return values.numpy()
 
 
 def decode_reference(data: bytes | memoryview, ids: np.ndarray, length: int, tables: Tables) -> np.ndarray:
@@ -110,7 +116,7 @@ def decode_reference(data: bytes | memoryview, ids: np.ndarray, length: int, tab
             out[row, first * width : (first + n) * width] = tables.values[table, symbol, :width].ravel()
     _check_end(at, len(words), x)
     lengths = np.full(len(ids), length)
-    if _fill(out.reshape(-1), row_starts(lengths), lengths, ids, tables.width, escapes) != len(escapes):
+    if fill(out.reshape(-1), row_starts(lengths), lengths, ids, tables.width, escapes) != len(escapes):
         raise CorruptChunkError("the number of escaped values does not fit the symbols")
     return out[:, :length]
 
@@ -130,6 +136,17 @@ def _parse(data: bytes | memoryview) -> tuple[np.ndarray, np.ndarray, np.ndarray
     )
 
 
+def _rows(lengths: np.ndarray, ids: np.ndarray) -> ops.Rows:
+    """All rows in one stream."""
+    parts = (row_starts(lengths), lengths, ids)
+    return ops.Rows(torch.tensor((0, len(ids))), *(torch.from_numpy(np.ascontiguousarray(x, np.int64)) for x in parts))
+
+
+def _words(words: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the words and 32 more, where the stream starts and ends)."""
+    return torch.from_numpy(np.concatenate((words, np.zeros(LANES, np.uint16)))), torch.tensor((0, len(words)))
+
+
 def _check_ids(ids: np.ndarray, tables: Tables) -> None:
     if len(ids) and int(ids.max()) >= len(tables):
         raise CorruptChunkError(f"table {int(ids.max())} of {len(tables)} does not exist")
@@ -138,151 +155,3 @@ def _check_ids(ids: np.ndarray, tables: Tables) -> None:
 def _check_end(used: int, words: int, states: np.ndarray) -> None:
     if used != words or (states != LOW).any():
         raise CorruptChunkError("the rANS stream does not end where it should: wrong bytes or wrong tables")
-
-
-@nb.njit(nogil=True, cache=True)
-def _index(q, starts, lengths, ids, width, reach, maps, symbols, escapes):
-    """Values to symbols, in the first ceil(length / width) places of each row; returns how many escape."""
-    count = 0
-    for r in range(len(ids)):
-        w, m, table, first = width[ids[r]], reach[ids[r]], maps[ids[r]], starts[r]
-        base = 2 * m + 1
-        for j in range((lengths[r] + w - 1) // w):
-            code, inside = 0, True
-            for i in range(w):
-                v = np.int64(q[first + j * w + i])
-                inside &= -m <= v <= m
-                code = code * base + v + m
-            s = table[code] if inside else np.uint8(ESCAPE)
-            symbols[first + j] = s
-            if s == ESCAPE:
-                for i in range(w):
-                    escapes[count] = q[first + j * w + i]
-                    count += 1
-    return count
-
-
-@nb.njit(nogil=True, cache=True)
-def _encode(symbols, starts, lengths, ids, width, freqs, cums, bits, words):
-    """Backwards over all rows; the words fill the buffer from its end. Returns where they start, and the states."""
-    x, at = np.full(32, np.uint32(LOW)), len(words)
-    shift, top = np.uint32(bits), np.uint32(32 - bits)
-    inverse = np.empty(256, np.float64)
-    for r in range(len(ids) - 1, -1, -1):
-        freq, cum = freqs[ids[r]], cums[ids[r]]
-        for s in range(256):
-            inverse[s] = 1.0 / max(1, freq[s])
-        w = width[ids[r]]
-        for j in range((lengths[r] + w - 1) // w - 1, -1, -1):
-            s, v = symbols[starts[r] + j], x[j & 31]
-            f = np.uint32(freq[s])
-            if (v >> top) >= f:
-                at -= 1
-                words[at] = v & np.uint32(0xFFFF)
-                v >>= np.uint32(16)
-            # floor(v / f): with the half added, the rounding error of the product is far from the next integer.
-            d = np.uint32((v + 0.5) * inverse[s])
-            x[j & 31] = (d << shift) + (v - d * f) + np.uint32(cum[s])
-    return at, x
-
-
-@nb.njit(nogil=True, cache=True, boundscheck=False, inline="always")
-def _step(x, i, lut, mask, shift, words, at):
-    """Decode one symbol of lane i; returns it and the place of the next word."""
-    e = lut[x[i] & mask]
-    s = ((e >> np.uint32(20)) + np.uint32(1)) * (x[i] >> shift) + ((e >> np.uint32(8)) & np.uint32(4095))
-    more = (s << np.uint32(16)) | np.uint32(words[at])  # read in any case: a select, not a branch
-    need = s < np.uint32(65536)
-    x[i] = more if need else s
-    return e & np.uint32(255), at + np.int64(need)
-
-
-@nb.njit(nogil=True, cache=True, boundscheck=False)
-def _decode(words, count, states, starts, lengths, ids, width, luts, values, bits, out):
-    """Returns the number of words read, or -1 where they ran out. `words` has 32 more behind its `count`."""
-    at, x = np.int64(0), states.copy()
-    mask, shift = np.uint32((1 << bits) - 1), np.uint32(bits)
-    for r in range(len(ids)):
-        w = np.int64(width[ids[r]])
-        lut, val, row = luts[ids[r]], values[ids[r]], out[starts[r] : starts[r + 1]]
-        single = val[:, 0].copy()
-        steps = (lengths[r] + w - 1) // w
-        # The loops of 32 have a fixed length so that they unroll: 1.6 times the speed.
-        for b in range(steps // 32):
-            if at > count:
-                return np.int64(-1)
-            if w == 1:
-                part = row[b * 32 : b * 32 + 32]
-                for i in range(32):
-                    k, at = _step(x, i, lut, mask, shift, words, at)
-                    part[i] = single[k]
-            elif w == 2:
-                part = row[b * 64 : b * 64 + 64]
-                for i in range(32):
-                    k, at = _step(x, i, lut, mask, shift, words, at)
-                    part[2 * i] = val[k, 0]
-                    part[2 * i + 1] = val[k, 1]
-            else:
-                part = row[b * 128 : b * 128 + 128]
-                for i in range(32):
-                    k, at = _step(x, i, lut, mask, shift, words, at)
-                    for place in range(4):
-                        part[4 * i + place] = val[k, place]
-        if at > count:
-            return np.int64(-1)
-        for j in range(steps // 32 * 32, steps):
-            i = j & 31
-            k, at = _step(x, i, lut, mask, shift, words, at)
-            for place in range(w):
-                row[j * w + place] = val[k, place]
-        if at > count:
-            return np.int64(-1)
-    states[:] = x
-    return at
-
-
-@nb.njit(nogil=True, cache=True, boundscheck=False)
-def _decode_exact(words, count, states, freqs, length, out):
-    """As `_decode`; a row's look-up table is made when the row is reached."""
-    at, x, lut = np.int64(0), states.copy(), np.empty(256, np.uint32)
-    for r in range(len(freqs)):
-        slot = 0
-        for s in range(freqs.shape[1]):
-            f = np.int64(freqs[r, s])
-            for k in range(min(f, 256 - slot)):
-                lut[slot + k] = np.uint32((f - 1) << 20 | k << 8 | s)
-            slot += f
-        if slot == 255:  # one value alone: its code is empty
-            for k in range(256):
-                lut[k] = np.uint32(255 << 20 | k << 8) | (lut[0] & np.uint32(255))
-        for j in range(length):
-            i = j & 31
-            if i == 0 and at > count:
-                return np.int64(-1)
-            out[r, j], at = _step(x, i, lut, np.uint32(255), np.uint32(8), words, at)
-        if at > count:
-            return np.int64(-1)
-    states[:] = x
-    return at
-
-
-@nb.njit(nogil=True, cache=True)
-def _fill(out, starts, lengths, ids, width, escapes):
-    """Put the escaped values where the symbols say so; returns how many fitted, -1 if there are too few."""
-    at = 0
-    for r in range(len(ids)):
-        w, row = width[ids[r]], out[starts[r] : starts[r + 1]]
-        used = (lengths[r] + w - 1) // w * w
-        found = 0
-        for t in range(used):
-            found += row[t] == MISSING
-        if found == 0:
-            continue
-        for t in range(0, used, w):
-            if row[t] == MISSING:
-                if at + w > len(escapes):
-                    return -1
-                for k in range(w):
-                    row[t + k] = escapes[at + k]
-                at += w
-    return at

@@ -1,7 +1,7 @@
 """Triton's interpreter made strict, for tests in a process with TRITON_INTERPRET=1.
 
 Importing it patches the interpreter of triton 3.7.1:
-- bfloat16 casts round to nearest even and tl.dot multiplies values, not bit patterns; any other arithmetic on bfloat16,
+- Comparisons give booleans. bfloat16 casts round to nearest even and tl.dot multiplies values, not bit patterns; any other arithmetic on bfloat16,
   which the interpreter gets wrong, is an error: kernels compute in float32.
 - A load, store or atomic outside of the tensors of the launch is an IndexError instead of a crash or of silence. The
   extent is the tensor's own, not that of the storage it is a view of.
@@ -73,7 +73,9 @@ def _patch_bfloat16() -> None:
 
     def binary_op(self, a, b, op):
         no_arithmetic(a, b)
-        return binary(self, a, b, op)
+        out = binary(self, a, b, op)
+        # Else a comparison has the type of what it compares, and becomes a float when it is splat.
+        return Handle(out.data, tl.int1) if out.data.dtype == np.bool_ else out
 
     def unary_op(self, a, op):
         no_arithmetic(a)
@@ -127,7 +129,9 @@ def _patch_memory() -> None:
 
     def visit(kind, pointers, mask):
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        at = pointers.data if mask is None else np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
+        live = np.True_ if mask is None else mask.data
+        at = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, live.shape))
+        at = at[np.broadcast_to(live, at.shape)]
         inside = np.zeros(at.shape, bool)
         for name, low, high in _extents:
             here = ~inside & (at >= low) & (at + np.uint64(size) <= high)
