@@ -34,10 +34,10 @@ class Probe:
         self.attention: list[Tensor] = [torch.empty(0)] * layers
         self.norms: list[Tensor] = [torch.empty(0)] * layers
 
-    def __call__(self, layer: int, weights: Tensor, v: Tensor) -> None:
-        self.attention[layer] = weights[0].float().mean(1)
+    def __call__(self, layer: int, mass: Tensor, v: Tensor) -> None:
+        self.attention[layer] = mass[0]
         norm = torch.linalg.vector_norm(v[0], dim=-1, dtype=torch.float32)
-        self.norms[layer] = norm.repeat_interleave(weights.shape[1] // norm.shape[0], 0)
+        self.norms[layer] = norm.repeat_interleave(mass.shape[1] // norm.shape[0], 0)
 
     def fill(self, signals: Signals) -> None:
         signals.attention = torch.stack(self.attention).cpu()

@@ -34,7 +34,7 @@ def scatter(
     turn: cos, sin [n, R/2] by which the dims of `piece` turn on the way (pre-RoPE keys). Raises ValueError where shapes
     do not fit and, on CPU, IndexError where a position lies outside the cache.
     """
-    _scatter(_nhd(cache, layout), x, positions, block_table, start, *unpack_turn(turn, piece))
+    _scatter(nhd(cache, layout), x, positions, block_table, start, *unpack_turn(turn, piece))
 
 
 def gather(
@@ -51,7 +51,7 @@ def gather(
 
     Raises as `scatter`.
     """
-    return _gather(_nhd(cache, layout), positions, block_table, start, count, *unpack_turn(turn, piece))
+    return _gather(nhd(cache, layout), positions, block_table, start, count, *unpack_turn(turn, piece))
 
 
 def unpack_turn(turn: Turn | None, piece: RotarySlice | None) -> tuple[Tensor | None, Tensor | None, int, bool]:
@@ -63,7 +63,7 @@ def unpack_turn(turn: Turn | None, piece: RotarySlice | None) -> tuple[Tensor | 
     return turn.cos, turn.sin, piece.start, piece.pairing == "interleaved"
 
 
-def _nhd(cache: Tensor, layout: Layout) -> Tensor:
+def nhd(cache: Tensor, layout: Layout) -> Tensor:
     if layout not in ("NHD", "HND"):
         raise ValueError(f"layout = {layout!r}: choose NHD or HND")
     return cache if layout == "NHD" else cache.transpose(1, 2)
