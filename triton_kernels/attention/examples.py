@@ -69,8 +69,10 @@ class Case:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
     def example(self, name: str, kernels: tuple[str, ...] = ("attention_kernel",), **options: Any) -> Example:
-        named = {"run": self.run, "reference": lambda *a: self.wide(*a)[:2], "rivals": {"sdpa": self.sdpa}} | options
-        return Example(name, self.make, tolerance=TOLERANCE, flops=self.flops, matmul=kernels, **named)
+        named = {"run": self.run, "reference": lambda *a: self.wide(*a)[:2], "rivals": {"sdpa": self.sdpa}}
+        return Example(
+            name, self.make, flops=self.flops, matmul=kernels, **{**named, "tolerance": TOLERANCE, **options}
+        )
 
 
 def _hugging_face(device: torch.device, small: bool) -> tuple[Tensor, ...]:

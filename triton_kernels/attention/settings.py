@@ -27,11 +27,11 @@ def attention_settings(batch: int, heads: int, group: int, count: int, keys: int
     """
     total = count * group
     if bits == 32:  # no tensor cores: tl.dot multiplies in float32
-        rows, columns, warps, stages = 16, 32, 4, 1
+        rows, columns, warps, stages = 16, 16, 4, 1
     elif total <= 16:
         rows, columns, warps, stages = 16, 64 if dim <= 128 else 32, 4, 2
     else:
-        rows, columns, warps, stages = (64, 32, 4, 2) if dim <= 128 else (64, 16, 8, 2)
+        rows, columns, warps, stages = (64, 32, 4, 3 if dim <= 64 else 2) if dim <= 128 else (64, 16, 8, 2)
     programs = batch * heads * -(-total // rows)
     splits = max(1, min(MAX_SPLITS, PROGRAMS // programs, keys // SPLIT_KEYS))
     return Settings(rows, columns, power_of_2(splits + 1) // 2, warps, stages)
