@@ -8,19 +8,21 @@ decoder faster. Values that a table has no symbol for are escapes, kept as int16
 
     words u32 | escapes u32 | states 32 x u32 | words x u16 | escapes x i16      (little endian)
 
-The work is done by the operators of lmcache_blend.triton_kernels.rans, on CPU by numba, without the GIL;
+`encode` and `decode` take arrays and run the CPU path of lmcache_blend.triton_kernels.rans, which releases the GIL;
+`encode_batch` and `decode_batch` take many streams at once, on any device, through its operators: the same bytes.
 `decode_reference` is the same decoder in plain numpy.
 """
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from lmcache_blend.codecs.tables import MISSING, Tables
+from lmcache_blend.codecs.tables import Tables
 from lmcache_blend.errors import CorruptChunkError
 from lmcache_blend.triton_kernels import rans as ops
-from lmcache_blend.triton_kernels.rans.cpu import fill
+from lmcache_blend.triton_kernels.rans import cpu
 from lmcache_blend.triton_kernels.rans.ops import LANES, LOW
 
 HEAD = struct.Struct("<II")
@@ -46,34 +48,26 @@ def row_starts(lengths: np.ndarray) -> np.ndarray:
 
 def encode_rows(q: np.ndarray, lengths: np.ndarray, ids: np.ndarray, tables: Tables) -> bytes:
     """Rows of different lengths [R] in one flat int16 array, each from `row_starts` on, with zeros between them."""
-    rows = _rows(lengths, ids)
-    made = ops.encode(torch.from_numpy(np.ascontiguousarray(q)), rows, tables.for_encode)
-    count = int(made.counts[0])
-    used, escapes = made.words.numpy()[int(made.firsts[0]) :], made.escapes.numpy()[:count]
-    states = made.states.numpy().astype("<u4")
-    return (
-        HEAD.pack(len(used), count) + states.tobytes() + used.astype("<u2").tobytes() + escapes.astype("<i2").tobytes()
-    )
+    starts, lengths = row_starts(lengths), np.asarray(lengths, np.int64)
+    symbols, escapes = np.empty(len(q), np.uint8), np.empty(len(q), np.int16)
+    count = cpu.index(q, starts, lengths, ids, tables.width, tables.reach, tables.map, symbols, escapes)
+    words = np.empty(len(q) + 1, np.uint16)
+    start, states = cpu.encode(symbols, starts, lengths, ids, tables.width, tables.freq, tables.cum, tables.bits, words)
+    return _pack(words[start:], states, escapes[:count])
 
 
 def decode_rows(data: bytes | memoryview, lengths: np.ndarray, ids: np.ndarray, tables: Tables) -> np.ndarray:
     """What `encode_rows` coded: the flat int16 array; undefined between the rows. Raises CorruptChunkError."""
     words, states, escapes = _parse(data)
     _check_ids(ids, tables)
-    rows = _rows(lengths, ids)
-    made = ops.decode(
-        *_words(words),
-        torch.from_numpy(states[None]),
-        torch.from_numpy(escapes),
-        torch.tensor((0, len(escapes))),
-        rows,
-        int(rows.starts[-1]),
-        tables.for_decode,
-    )
-    _check_end(int(made.used[0]), len(words), made.states.numpy())
-    if int(made.filled[0]) != len(escapes):
-        raise CorruptChunkError("the number of escaped values does not fit the symbols")
-    return made.values.numpy()
+    starts, lengths = row_starts(lengths), np.asarray(lengths, np.int64)
+    out = np.empty(starts[-1], np.int16)
+    padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
+    t = tables
+    used = cpu.decode(padded, len(words), states, starts, lengths, ids, t.width, t.lut, t.values, t.bits, out)
+    _check_end(int(used), len(words), states)
+    _check_filled(cpu.fill(out, starts, lengths, ids, tables.width, escapes), len(escapes))
+    return out
 
 
 def decode_exact(data: bytes | memoryview, freq: np.ndarray, length: int) -> np.ndarray:
@@ -85,13 +79,62 @@ def decode_exact(data: bytes | memoryview, freq: np.ndarray, length: int) -> np.
     if not ((total == 256) | ((total == 255) & (freq.max(1, initial=0) == 255))).all():
         raise CorruptChunkError("a table's frequencies do not sum to 256")
     words, states, escapes = _parse(data)
-    values, used, ends = ops.decode_exact(
-        *_words(words), torch.from_numpy(states[None]), torch.tensor((0, len(freq))), torch.tensor(freq), length
-    )
-    _check_end(int(used[0]), len(words), ends.numpy())
+    out = np.empty((len(freq), length), np.int16)
+    padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
+    used = cpu.decode_exact(padded, len(words), states, freq, length, out)
+    _check_end(int(used), len(words), states)
     if len(escapes):
         raise CorruptChunkError("a stream with exact tables has no escapes")
-    return values.numpy()
+    return out
+
+
+def encode_batch(
+    q: torch.Tensor, lengths: Sequence[np.ndarray], ids: Sequence[np.ndarray], tables: Tables
+) -> list[bytes]:
+    """Streams of rows as `encode_rows` makes each: one flat int16 tensor on any device, stream after stream."""
+    rows = _rows(lengths, ids, q.device)
+    made = ops.encode(q, rows, tables.for_encode.to(q.device))
+    firsts, counts, states = made.firsts.tolist(), made.counts.tolist(), made.states.cpu().numpy()
+    words, escapes = made.words.cpu().numpy(), made.escapes.cpu().numpy()
+    parts = rows.starts[rows.streams].tolist()
+    return [
+        _pack(words[firsts[s] : parts[s + 1] + s + 1], states[s], escapes[parts[s] : parts[s] + counts[s]])
+        for s in range(len(lengths))
+    ]
+
+
+def decode_batch(
+    streams: Sequence[bytes | memoryview],
+    lengths: Sequence[np.ndarray],
+    ids: Sequence[np.ndarray],
+    tables: Tables,
+    device: torch.device,
+) -> torch.Tensor:
+    """What `encode_batch` coded: the flat int16 tensor on the device; undefined between rows. Raises CorruptChunkError."""
+    parsed = [_parse(data) for data in streams]
+    for part in ids:
+        _check_ids(part, tables)
+    rows = _rows(lengths, ids, device)
+    words, states, escapes = zip(*parsed, strict=True)
+    counts = np.array([[len(w), len(e)] for w, e in zip(words, escapes, strict=True)])
+    starts = np.concatenate((np.zeros((1, 2), np.int64), np.cumsum(counts, 0)))
+    flat = np.concatenate((*words, np.zeros(LANES, np.uint16)))
+    word_starts, escape_starts = (torch.from_numpy(x.copy()).to(device) for x in starts.T)
+    made = ops.decode(
+        torch.from_numpy(flat).to(device),
+        word_starts,
+        torch.from_numpy(np.stack(states)).to(device),
+        torch.from_numpy(np.concatenate(escapes)).to(device),
+        escape_starts,
+        rows,
+        sum(int(row_starts(n)[-1]) for n in lengths),
+        tables.for_decode.to(device),
+    )
+    ends = made.states.cpu().numpy()
+    for s, (used, filled) in enumerate(zip(made.used.tolist(), made.filled.tolist(), strict=True)):
+        _check_end(used, counts[s, 0], ends[s])
+        _check_filled(filled, counts[s, 1])
+    return made.values
 
 
 def decode_reference(data: bytes | memoryview, ids: np.ndarray, length: int, tables: Tables) -> np.ndarray:
@@ -116,9 +159,21 @@ def decode_reference(data: bytes | memoryview, ids: np.ndarray, length: int, tab
             out[row, first * width : (first + n) * width] = tables.values[table, symbol, :width].ravel()
     _check_end(at, len(words), x)
     lengths = np.full(len(ids), length)
-    if fill(out.reshape(-1), row_starts(lengths), lengths, ids, tables.width, escapes) != len(escapes):
-        raise CorruptChunkError("the number of escaped values does not fit the symbols")
+    _check_filled(cpu.fill(out.reshape(-1), row_starts(lengths), lengths, ids, tables.width, escapes), len(escapes))
     return out[:, :length]
+
+
+def _rows(lengths: Sequence[np.ndarray], ids: Sequence[np.ndarray], device: torch.device) -> ops.Rows:
+    """The rows of all streams, one stream after another."""
+    streams = np.concatenate(([0], np.cumsum([len(part) for part in ids])))
+    flat = np.concatenate([np.asarray(n, np.int64) for n in lengths])
+    parts = (streams, row_starts(flat), flat, np.concatenate([np.asarray(i, np.int64) for i in ids]))
+    return ops.Rows(*(torch.from_numpy(np.asarray(x, np.int64)).to(device) for x in parts))
+
+
+def _pack(words: np.ndarray, states: np.ndarray, escapes: np.ndarray) -> bytes:
+    head = HEAD.pack(len(words), len(escapes))
+    return head + states.astype("<u4").tobytes() + words.astype("<u2").tobytes() + escapes.astype("<i2").tobytes()
 
 
 def _parse(data: bytes | memoryview) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,17 +191,6 @@ def _parse(data: bytes | memoryview) -> tuple[np.ndarray, np.ndarray, np.ndarray
     )
 
 
-def _rows(lengths: np.ndarray, ids: np.ndarray) -> ops.Rows:
-    """All rows in one stream."""
-    parts = (row_starts(lengths), lengths, ids)
-    return ops.Rows(torch.tensor((0, len(ids))), *(torch.from_numpy(np.ascontiguousarray(x, np.int64)) for x in parts))
-
-
-def _words(words: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the words and 32 more, where the stream starts and ends)."""
-    return torch.from_numpy(np.concatenate((words, np.zeros(LANES, np.uint16)))), torch.tensor((0, len(words)))
-
-
 def _check_ids(ids: np.ndarray, tables: Tables) -> None:
     if len(ids) and int(ids.max()) >= len(tables):
         raise CorruptChunkError(f"table {int(ids.max())} of {len(tables)} does not exist")
@@ -155,3 +199,8 @@ def _check_ids(ids: np.ndarray, tables: Tables) -> None:
 def _check_end(used: int, words: int, states: np.ndarray) -> None:
     if used != words or (states != LOW).any():
         raise CorruptChunkError("the rANS stream does not end where it should: wrong bytes or wrong tables")
+
+
+def _check_filled(filled: int, escapes: int) -> None:
+    if filled != escapes:
+        raise CorruptChunkError("the number of escaped values does not fit the symbols")

@@ -5,11 +5,12 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache_blend.codecs import rans
-from lmcache_blend.codecs.tables import ESCAPE, REACH, Tables, bank, exact, histogram, laplace_bank, normalise
+from lmcache_blend.codecs.tables import ESCAPE, MISSING, REACH, Tables, bank, exact, histogram, laplace_bank, normalise
 from lmcache_blend.errors import CorruptChunkError
 
 BANK = laplace_bank()
@@ -220,12 +221,12 @@ def test_tables_are_sound():
     for tables in (BANK, exact(np.arange(1, 8)[None].repeat(3, 0), 8)):
         assert (tables.freq.sum(1, dtype=int) == 1 << tables.bits).all()
         assert tables.freq.max(initial=0) <= 4096
-        assert (tables.values[:, ESCAPE] == rans.MISSING).all()
+        assert (tables.values[:, ESCAPE] == MISSING).all()
         assert set(tables.width) <= {1, 2, 4}
         for freq, values, width in zip(tables.freq, tables.values, tables.width, strict=True):
             used = values[np.flatnonzero(freq[:ESCAPE]), :width]
             assert len(np.unique(used, axis=0)) == len(used), "two symbols stand for the same values"
-            assert not (used == rans.MISSING).any()
+            assert not (used == MISSING).any()
 
 
 def test_the_built_in_bank_is_frozen():
@@ -234,3 +235,22 @@ def test_the_built_in_bank_is_frozen():
     for part, kind in ((BANK.freq, "<u2"), (BANK.width, "u1"), (BANK.values, "<i2")):
         digest.update(part.astype(kind).tobytes())
     assert digest.hexdigest() == "e484f611fd77d9c3a8ec6261260e0e308561463a4bf63682647baad89e396a94"
+
+
+@settings(max_examples=40, deadline=None)
+@given(planes=st.lists(symbols().filter(len), min_size=1, max_size=4), device=st.just(torch.device("cpu")))
+def test_a_batch_has_the_bytes_of_single_streams(planes, device):
+    padded = [np.pad(q, ((0, 0), (0, -q.shape[1] % 4))).ravel() for q in planes]
+    ids, lengths = [BANK.choose(q) for q in planes], [np.full(len(q), q.shape[1]) for q in planes]
+    flat = torch.from_numpy(np.concatenate(padded)).to(device)
+    streams = rans.encode_batch(flat, lengths, ids, BANK)
+    assert streams == [rans.encode(q, i, BANK) for q, i in zip(planes, ids, strict=True)]
+    out = rans.decode_batch(streams, lengths, ids, BANK, device).cpu().numpy()
+    at = 0
+    for q, part in zip(planes, padded, strict=True):
+        assert np.array_equal(out[at : at + len(part)].reshape(len(q), -1)[:, : q.shape[1]], q)
+        at += len(part)
+    if at:
+        cut = streams[:-1] + [streams[-1][:-2]]
+        with pytest.raises(CorruptChunkError):
+            rans.decode_batch(cut, lengths, ids, BANK, device)

@@ -161,9 +161,7 @@ def amd_numbers(code: Any, target: Target) -> Row:
 
 def _innermost(loops: list[tuple[int, int]]) -> list[int]:
     """Instructions of the loops that hold no other loop."""
-    return [
-        b - a + 1 for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)
-    ]
+    return [b - a + 1 for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

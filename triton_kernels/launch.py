@@ -52,21 +52,24 @@ class Launch:
         return self.kernel.__name__
 
 
+# As Triton does, which loads kernels for its interpreter or not.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _record: ContextVar[list[Launch] | None] = ContextVar("lmcache_blend_launches", default=None)
 
 
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETED
 
 
 def on_triton(*tensors: Tensor | None) -> bool:
     """Whether an operation on these tensors runs its Triton kernels; raises ValueError where devices are mixed."""
+    if all(t is None or t.is_cpu for t in tensors):
+        return _INTERPRETED or _record.get() is not None
     devices = {t.device for t in tensors if t is not None}
     if len(devices) != 1:
         raise ValueError(f"tensors on {' and '.join(sorted(map(str, devices)))}: move them to one device")
-    kind = devices.pop().type
-    return kind == "cuda" or (kind == "cpu" and (interpreted() or _record.get() is not None))
+    return devices.pop().type == "cuda"
 
 
 @contextmanager

@@ -16,7 +16,9 @@ ENCODE, DECODE = examples.tables()
 def rows_of_values(draw) -> tuple[torch.Tensor, ops.Rows]:
     """Streams of rows, empty ones too, of lengths around the 32 lanes, with values that no table has."""
     count = draw(st.integers(1, 6))
-    lengths = torch.tensor(draw(st.lists(st.sampled_from((0, 1, 3, 31, 33, 63, 64, 111, 257)), min_size=count, max_size=count)))
+    lengths = torch.tensor(
+        draw(st.lists(st.sampled_from((0, 1, 3, 31, 33, 63, 64, 111, 257)), min_size=count, max_size=count))
+    )
     streams = sorted(draw(st.lists(st.integers(0, count), max_size=2)))
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), ((lengths + 3) // 4 * 4).cumsum(0)))
     ids = torch.tensor(draw(st.lists(st.integers(0, 2), min_size=count, max_size=count)))

@@ -137,9 +137,7 @@ def index_rows(q, starts, lengths, ids, widths, reaches, maps, symbols, counts, 
 
 
 @triton.jit
-def take_escapes(
-    q, symbols, starts, lengths, ids, widths, counts, firsts, escapes, BLOCK: tl.constexpr
-):
+def take_escapes(q, symbols, starts, lengths, ids, widths, counts, firsts, escapes, BLOCK: tl.constexpr):
     """The escaped values of each row, in order, from firsts[row] on."""
     row = tl.program_id(0)
     if tl.load(counts + row) > 0:

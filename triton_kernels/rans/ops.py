@@ -217,14 +217,13 @@ def _run_encode(
         return words, firsts, states, escapes, counts
     n = [x.numpy() for x in (q, starts, lengths, ids, width, reach, maps, freq, cum, symbols, words, escapes)]
     q_, starts_, lengths_, ids_, width_, reach_, maps_, freq_, cum_, symbols_, words_, escapes_ = n
-    rows = streams.tolist()
+    rows, firsts_, states_, counts_ = streams.tolist(), firsts.numpy(), states.numpy(), counts.numpy()
     for s, (first, last) in enumerate(zip(rows, rows[1:], strict=False)):
         a, b = int(starts_[first]), int(starts_[last])
-        one = slice(first, last)
-        mine, place = starts_[first : last + 1] - a, (lengths_[one], ids_[one])
-        counts[s] = cpu.index(q_[a:b], mine, *place, width_, reach_, maps_, symbols_[a:b], escapes_[a:b])
-        at, x = cpu.encode(symbols_[a:b], mine, *place, width_, freq_, cum_, bits, words_[a + s : b + s + 1])
-        firsts[s], states[s] = a + s + at, torch.from_numpy(x)
+        place = (starts_[first : last + 1] - a, lengths_[first:last], ids_[first:last], width_)
+        counts_[s] = cpu.index(q_[a:b], *place, reach_, maps_, symbols_[a:b], escapes_[a:b])
+        at, states_[s] = cpu.encode(symbols_[a:b], *place, freq_, cum_, bits, words_[a + s : b + s + 1])
+        firsts_[s] = a + s + at
     return words, firsts, states, escapes, counts
 
 
@@ -248,39 +247,38 @@ def _run_decode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     count = streams.shape[0] - 1
     out = torch.empty(size, dtype=torch.int16, device=words.device)
-    used = torch.empty(count, dtype=torch.int64, device=words.device)
     if on_triton(words, states, starts, ids, lut):
         from lmcache_blend.triton_kernels.rans import kernels
 
+        used = torch.empty(count, dtype=torch.int64, device=words.device)
         symbols = torch.empty(size, dtype=torch.uint8, device=words.device)
         found, ends = torch.empty_like(lengths), torch.empty_like(states)
         launch(
             kernels.decode_streams, (count,), words, word_starts, states, streams, starts, lengths, ids, width, lut,
             symbols, ends, used, BITS=bits, UNROLL=UNROLL, num_warps=1,
         )  # fmt: skip
-        launch(
-            kernels.expand_rows, (len(ids),), symbols, starts, lengths, ids, width, values, out, found, BLOCK=BLOCK
-        )
+        launch(kernels.expand_rows, (len(ids),), symbols, starts, lengths, ids, width, values, out, found, BLOCK=BLOCK)
         at, stream, total = _firsts_of(found, escape_starts[:-1], streams)
         launch(
             kernels.put_escapes, (len(ids) if len(escapes) else 0,), out, starts, lengths, ids, width, found, at,
             escape_starts[1:][stream], escapes, BLOCK=BLOCK,
         )  # fmt: skip
         return out, used, torch.where(total > escape_starts.diff(), -1, total), ends
-    filled, ends = torch.empty_like(used), torch.empty_like(states)
-    n = [x.numpy() for x in (words, starts, lengths, ids, width, lut, values, escapes, out)]
-    words_, starts_, lengths_, ids_, width_, lut_, values_, escapes_, out_ = n
+    ends = states.clone()
+    n = [x.numpy() for x in (words, starts, lengths, ids, width, lut, values, escapes, out, ends)]
+    words_, starts_, lengths_, ids_, width_, lut_, values_, escapes_, out_, ends_ = n
     rows, where, escape_at = streams.tolist(), word_starts.tolist(), escape_starts.tolist()
+    found = []
     for s, (first, last) in enumerate(zip(rows, rows[1:], strict=False)):
         a, b = int(starts_[first]), int(starts_[last])
-        one = slice(first, last)
-        mine, part = starts_[first : last + 1] - a, out_[a:b]
-        place = (mine, lengths_[one], ids_[one], width_)
-        x = states[s].numpy().copy()
-        used[s] = cpu.decode(words_[where[s] :], where[s + 1] - where[s], x, *place, lut_, values_, bits, part)
-        ends[s] = torch.from_numpy(x)
-        filled[s] = cpu.fill(part, *place, escapes_[escape_at[s] : escape_at[s + 1]]) if used[s] >= 0 else -1
-    return out, used, filled, ends
+        place = (starts_[first : last + 1] - a, lengths_[first:last], ids_[first:last], width_)
+        part = out_[a:b]
+        count = where[s + 1] - where[s]
+        read = cpu.decode(words_[where[s] :], count, ends_[s], *place, lut_, values_, bits, part)
+        put = cpu.fill(part, *place, escapes_[escape_at[s] : escape_at[s + 1]]) if read >= 0 else -1
+        found.append((read, put))
+    used, filled = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    return out, used.clone(), filled.clone(), ends
 
 
 def _fake_decode(
@@ -310,13 +308,12 @@ def _run_decode_exact(
         )  # fmt: skip
         return out, used, ends
     words_, freq_, out_ = words.numpy(), freq.numpy(), out.numpy()
-    rows_, where = streams.tolist(), word_starts.tolist()
+    rows_, where, read = streams.tolist(), word_starts.tolist(), []
+    ends_ = ends.copy_(states).numpy()
     for s, (first, last) in enumerate(zip(rows_, rows_[1:], strict=False)):
-        x = states[s].numpy().copy()
         part = (freq_[first:last], length, out_[first:last])
-        used[s] = cpu.decode_exact(words_[where[s] :], where[s + 1] - where[s], x, *part)
-        ends[s] = torch.from_numpy(x)
-    return out, used, ends
+        read.append(cpu.decode_exact(words_[where[s] :], where[s + 1] - where[s], ends_[s], *part))
+    return out, torch.tensor(read, dtype=torch.int64), ends
 
 
 def _fake_decode_exact(
