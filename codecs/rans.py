@@ -110,7 +110,10 @@ def decode_batch(
     tables: Tables,
     device: torch.device,
 ) -> torch.Tensor:
-    """What `encode_batch` coded: the flat int16 tensor on the device; undefined between rows. Raises CorruptChunkError."""
+    """What `encode_batch` coded: the flat int16 tensor on the device, undefined between rows.
+
+    Raises CorruptChunkError.
+    """
     parsed = [_parse(data) for data in streams]
     for part in ids:
         _check_ids(part, tables)

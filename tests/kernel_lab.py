@@ -1,8 +1,8 @@
 """Triton's interpreter made strict, for tests in a process with TRITON_INTERPRET=1.
 
 Importing it patches the interpreter of triton 3.7.1:
-- Comparisons give booleans. bfloat16 casts round to nearest even and tl.dot multiplies values, not bit patterns; any other arithmetic on bfloat16,
-  which the interpreter gets wrong, is an error: kernels compute in float32.
+- Comparisons give booleans. bfloat16 casts round to nearest even and tl.dot multiplies values, not bit patterns; any
+  other arithmetic on bfloat16, which the interpreter gets wrong, is an error: kernels compute in float32.
 - A load, store or atomic outside of the tensors of the launch is an IndexError instead of a crash or of silence. The
   extent is the tensor's own, not that of the storage it is a view of.
 - `both_orders` runs a call with its programs first in the grid's order, then in reverse: results must be equal to the

@@ -251,6 +251,6 @@ def test_a_batch_has_the_bytes_of_single_streams(planes, device):
         assert np.array_equal(out[at : at + len(part)].reshape(len(q), -1)[:, : q.shape[1]], q)
         at += len(part)
     if at:
-        cut = streams[:-1] + [streams[-1][:-2]]
+        cut = [*streams[:-1], streams[-1][:-2]]
         with pytest.raises(CorruptChunkError):
             rans.decode_batch(cut, lengths, ids, BANK, device)

@@ -89,7 +89,7 @@ def test_the_decoder_reads_each_word_and_writes_each_value_once():
     args = examples.decode_args(CPU, True)
     with traffic() as moved:
         ops.decode(*args)
-    words, _, _, escapes, _, rows, size, tables = args
+    words, _, _, escapes, _, rows, _, tables = args
     symbols = -(-rows.lengths // tables.width.long()[rows.ids])
     assert moved["words", "load"] == 2 * (len(words) - ops.LANES)
     # Symbols pass through memory as a byte each, values are written once, escaped ones once more.

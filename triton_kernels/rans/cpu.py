@@ -156,7 +156,7 @@ def fill(out, starts, lengths, ids, width, escapes):
 
 @nb.njit(nogil=True, cache=True)
 def encode_lanes(symbols, ids, freqs, cums, bits, words, firsts, states):
-    """A stream per channel of symbols [T, C], its words at the end of words [C, T]; returns whether all can be coded."""
+    """A stream per channel of symbols [T, C], its words at the end of words [C, T]; returns whether all have codes."""
     shift, top = np.uint32(bits), np.uint32(32 - bits)
     for c in range(symbols.shape[1]):
         freq, cum, x, at = freqs[ids[c]], cums[ids[c]], np.uint32(LOW), len(symbols)

@@ -1,4 +1,4 @@
-"""rANS of one chunk of 256 tokens: 16 layers' keys of 1,024 channels with the built-in kind of tables; small: 3 of 24."""
+"""rANS of a chunk of 256 tokens: 16 layers' keys of 1,024 channels; small: 3 of 24."""
 
 from typing import Any
 
@@ -186,7 +186,7 @@ def exact_args(device: torch.device, small: bool) -> tuple:
 
 def exact_reference(*args: Any) -> tuple:
     """The symbols that were coded."""
-    _, word_starts, states, streams, freq, _ = args
+    _, word_starts, states, streams, _, _ = args
     q = symbols(CPU, len(streams) == 4).clamp(-15, 15) + 15
     q[0] = 7
     ends = torch.full(states.shape, ops.LOW, device=states.device).to(torch.uint32)

@@ -1,9 +1,9 @@
 """rANS on a GPU: a warp per stream of 32 lanes, or a lane per stream; the same bytes as on CPU.
 
-Which lanes need a word is a sum of one bit each (one instruction since sm80), and a lane's place among them a population
-count of the bits below its own, so the innermost loop has no scan. Tables come through the L1 cache: a row of symbols
-keeps to one table, 16 KiB at 12 bits. All other passes (values to symbols, symbols to values, escapes) have a program
-per row.
+Which lanes need a word is a sum of one bit each (one instruction since sm80), and a lane's place among them a
+population count of the bits below its own, so the innermost loop has no scan. Tables come through the L1 cache: a row
+of symbols keeps to one table, 16 KiB at 12 bits. All other passes (values to symbols, symbols to values, escapes) have
+a program per row.
 """
 
 import triton

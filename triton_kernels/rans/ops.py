@@ -5,6 +5,7 @@ A stream is what one container segment holds: 32 lanes that share their words (`
 compares that with what the container says, on any device without a transfer in between.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -77,8 +78,11 @@ class Encoded(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """values [N] int16, undefined between rows. used [S]: words read, more than there are (-1 on CPU) where a stream is
-    cut short. filled [S]: escapes put in their places, -1 where there are too few. states [S, 32]: LOW if all is right."""
+    """values [N] int16, undefined between rows; of every stream:
+
+    used [S]: words read, more than there are (-1 on CPU) where it is cut short. filled [S]: escapes put in their places,
+    -1 where there are too few. states [S, 32]: all LOW where nothing is wrong.
+    """
 
     values: Tensor
     used: Tensor
@@ -218,7 +222,7 @@ def _run_encode(
     n = [x.numpy() for x in (q, starts, lengths, ids, width, reach, maps, freq, cum, symbols, words, escapes)]
     q_, starts_, lengths_, ids_, width_, reach_, maps_, freq_, cum_, symbols_, words_, escapes_ = n
     rows, firsts_, states_, counts_ = streams.tolist(), firsts.numpy(), states.numpy(), counts.numpy()
-    for s, (first, last) in enumerate(zip(rows, rows[1:], strict=False)):
+    for s, (first, last) in enumerate(pairwise(rows)):
         a, b = int(starts_[first]), int(starts_[last])
         place = (starts_[first : last + 1] - a, lengths_[first:last], ids_[first:last], width_)
         counts_[s] = cpu.index(q_[a:b], *place, reach_, maps_, symbols_[a:b], escapes_[a:b])
@@ -269,7 +273,7 @@ def _run_decode(
     words_, starts_, lengths_, ids_, width_, lut_, values_, escapes_, out_, ends_ = n
     rows, where, escape_at = streams.tolist(), word_starts.tolist(), escape_starts.tolist()
     found = []
-    for s, (first, last) in enumerate(zip(rows, rows[1:], strict=False)):
+    for s, (first, last) in enumerate(pairwise(rows)):
         a, b = int(starts_[first]), int(starts_[last])
         place = (starts_[first : last + 1] - a, lengths_[first:last], ids_[first:last], width_)
         part = out_[a:b]
@@ -310,7 +314,7 @@ def _run_decode_exact(
     words_, freq_, out_ = words.numpy(), freq.numpy(), out.numpy()
     rows_, where, read = streams.tolist(), word_starts.tolist(), []
     ends_ = ends.copy_(states).numpy()
-    for s, (first, last) in enumerate(zip(rows_, rows_[1:], strict=False)):
+    for s, (first, last) in enumerate(pairwise(rows_)):
         part = (freq_[first:last], length, out_[first:last])
         read.append(cpu.decode_exact(words_[where[s] :], where[s + 1] - where[s], ends_[s], *part))
     return out, torch.tensor(read, dtype=torch.int64), ends
