@@ -80,7 +80,7 @@ class Encoded(NamedTuple):
 class Decoded(NamedTuple):
     """values [N] int16, undefined between rows; of every stream:
 
-    used [S]: words read, more than there are (-1 on CPU) where it is cut short. filled [S]: escapes put in their places,
+    used [S]: words read, more than there are (-1 on CPU) where it is cut short. filled [S]: escapes put in place,
     -1 where there are too few. states [S, 32]: all LOW where nothing is wrong.
     """
 
