@@ -4,7 +4,7 @@ if __name__ == "codecs":
     raise ImportError("this folder is lmcache_blend.codecs, not the standard library's codecs")
 
 from lmcache_blend.codecs import entropy, quantise, transforms
-from lmcache_blend.codecs.base import Codec, codecs, get_codec, register_codec
+from lmcache_blend.codecs.base import Codec, codecs, get_codec, register_codec, short_name
 from lmcache_blend.codecs.cachegen import CacheGen
 from lmcache_blend.codecs.fisher import FisherDiagonal, FisherKLT
 from lmcache_blend.codecs.hadamard import Hadamard
@@ -43,6 +43,7 @@ __all__ = [
     "quantise",
     "register_codec",
     "register_stage",
+    "short_name",
     "stages",
     "transforms",
 ]

@@ -1,6 +1,7 @@
 """What a codec is, and the registry that finds one by its id or its JSON config."""
 
 import json
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lmcache_blend.errors import ConfigError
@@ -51,6 +52,17 @@ def get_codec(spec: str | dict[str, Any]) -> Codec:
         return factory(**config)
     except TypeError as error:
         raise ConfigError(f"codec {name!r} refuses {config}: {error}") from None
+
+
+def short_name(config: dict[str, Any]) -> str:
+    """Id and the settings that differ from the codec's defaults, for tables and plots.
+
+    >>> short_name({"id": "cachegen", "mode": "lmcache", "level": 3, "sinks": 0})
+    'cachegen level=3'
+    """
+    fields = getattr(codecs.get(config["id"]), "model_fields", {})
+    own = {k: v for k, v in config.items() if k in fields and v != fields[k].default}
+    return " ".join([config["id"], *(f"{k}={Path(v).name if k == 'profile' else v}" for k, v in own.items())])
 
 
 def _parse(spec: str) -> dict[str, Any]:

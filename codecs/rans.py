@@ -23,7 +23,9 @@ from lmcache_blend.codecs.tables import Tables
 from lmcache_blend.errors import CorruptChunkError
 from lmcache_blend.triton_kernels import rans as ops
 from lmcache_blend.triton_kernels.rans import cpu
-from lmcache_blend.triton_kernels.rans.ops import LANES, LOW
+from lmcache_blend.triton_kernels.rans.avx2 import SPREAD
+from lmcache_blend.triton_kernels.rans.ops import LANES
+from lmcache_blend.triton_kernels.rans.reference import LOW
 
 HEAD = struct.Struct("<II")
 
@@ -64,7 +66,9 @@ def decode_rows(data: bytes | memoryview, lengths: np.ndarray, ids: np.ndarray, 
     out = np.empty(starts[-1], np.int16)
     padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
     t = tables
-    used = cpu.decode(padded, len(words), states, starts, lengths, ids, t.width, t.lut, t.values, t.bits, out)
+    used = cpu.decode(
+        padded, len(words), states, starts, lengths, ids, t.width, t.direct, t.values, SPREAD, t.bits, out
+    )
     _check_end(int(used), len(words), states)
     _check_filled(cpu.fill(out, starts, lengths, ids, tables.width, escapes), len(escapes))
     return out
@@ -81,7 +85,7 @@ def decode_exact(data: bytes | memoryview, freq: np.ndarray, length: int) -> np.
     words, states, escapes = _parse(data)
     out = np.empty((len(freq), length), np.int16)
     padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
-    used = cpu.decode_exact(padded, len(words), states, freq, length, out)
+    used = cpu.decode_exact(padded, len(words), states, freq, length, SPREAD, out)
     _check_end(int(used), len(words), states)
     if len(escapes):
         raise CorruptChunkError("a stream with exact tables has no escapes")

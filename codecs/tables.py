@@ -16,11 +16,10 @@ import torch
 from lmcache_blend.errors import LMCacheBlendError
 from lmcache_blend.triton_kernels import tables as ops
 from lmcache_blend.triton_kernels.rans import DecodeTables, EncodeTables
+from lmcache_blend.triton_kernels.rans.reference import ESCAPE, MISSING, MISSING_BYTE
 from lmcache_blend.triton_kernels.tables import normalise
 
-ESCAPE, MAP_SIZE, REACH = 255, 1024, 127
-MISSING = -32768
-"""What a decoded escape reads before its value is filled in; never coded as a value."""
+MAP_SIZE, REACH = 1024, 127
 BANK_SIZE, RATIO = 96, 1.1120069120453122
 """Means of the built-in tables rise by this from one to the next."""
 BANK_DIGEST = "e484f611fd77d9c3a8ec6261260e0e308561463a4bf63682647baad89e396a94"
@@ -55,6 +54,15 @@ class Tables:
         return ops.slots(torch.from_numpy(self.freq), self.bits).numpy()
 
     @cached_property
+    def direct(self) -> np.ndarray:
+        """`lut` with the value itself, an int8, in place of the symbol in the tables of width 1."""
+        low = np.arange(256, dtype=np.uint32)[None].repeat(len(self), 0)
+        single = self.width == 1
+        first = self.values[single, :, 0]
+        low[single] = np.where(first == MISSING, MISSING_BYTE, first).astype(np.int8).view(np.uint8)
+        return (self.lut & np.uint32(0xFFFFFF00)) | np.take_along_axis(low, (self.lut & 255).astype(np.int64), 1)
+
+    @cached_property
     def map(self) -> np.ndarray:
         """[n, MAP_SIZE] uint8: a tuple, read as a number to the base 2 * reach + 1, to its symbol or ESCAPE."""
         out = np.full((len(self), MAP_SIZE), ESCAPE, np.uint8)
@@ -72,7 +80,7 @@ class Tables:
     @cached_property
     def for_decode(self) -> DecodeTables:
         """What the operator `rans.decode` takes."""
-        parts = (self.width, self.lut, self.values)
+        parts = (self.width, self.direct, self.values)
         return DecodeTables(self.bits, *(torch.from_numpy(np.ascontiguousarray(x)) for x in parts))
 
     def choose(self, q: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmcache_blend.codecs import short_name
 from lmcache_blend.eval import stats
 from lmcache_blend.eval.results import Estimate, Results
 from lmcache_blend.eval.writer import SAMPLES, read_samples
@@ -39,8 +40,8 @@ class Row:
             for k, v in (("encode", config.encode), ("chunk_tokens", config.chunk_tokens))
             if v not in ("alone", 512)
         ]
-        codec = {k: v for k, v in config.codec.items() if v is not None}
-        variant += [] if codec == {"id": "raw"} else ["codec=" + json.dumps(codec)]
+        codec = short_name(config.codec)
+        variant += [] if codec == "raw" else [f"codec={codec}"]
         return config.method + (f" ({', '.join(variant)})" if variant else "")
 
     @property

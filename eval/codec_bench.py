@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -12,7 +13,9 @@ from tqdm import tqdm
 from lmcache_blend.blend.chunks import read_layers, rotated, write_chunk
 from lmcache_blend.blend.runner import Plan
 from lmcache_blend.codecs import PipelineCodec, Profile, get_codec
-from lmcache_blend.errors import ConfigError, DataError
+from lmcache_blend.codecs.container import Container
+from lmcache_blend.errors import ConfigError, CorruptChunkError, DataError
+from lmcache_blend.eval.coder_bench import bench_coders
 from lmcache_blend.eval.texts import documents, windows
 from lmcache_blend.hf.calibrate import text_digest
 from lmcache_blend.types import KVChunk
@@ -41,14 +44,18 @@ class Document:
         return out[0].log_softmax(-1)
 
 
-def measure(runner: Any, codec: Any, document: Document, repeat: int = 1) -> dict[str, float]:
-    """bits per element, kl, top1_agreement, delta_nll, encode_mb_s and decode_mb_s (MB of 16-bit KV) of one
-    document."""
+def measure(runner: Any, codec: Any, document: Document, repeat: int = 1) -> dict[str, Any]:
+    """bits per element, kl, top1_agreement, delta_nll, encode_mb_s and decode_mb_s (MB of 16-bit KV) of one document.
+
+    By layer, as arrays [L]: layer_bits per element, layer_error_k and layer_error_v, root-mean-square error over
+    root-mean-square value.
+    """
     post = getattr(codec, "keys", "pre_rope") == "post_rope"
     chunk = rotated(runner, document.chunk) if post else document.chunk
     elements = sum(k.numel() + v.numel() for k, v in chunk.layers)
     encode, data = _timed(lambda: codec.encode(chunk), repeat)
     decode, out = _timed(lambda: codec.decode(data), repeat)
+    layers = _layers(data, chunk, out)
     out = rotated(runner, out, inverse=True) if post else out
     log_q = document.continue_from(runner, write_chunk(runner, out, len(document.window)))
     p, targets = document.log_p, document.window[document.context + 1 :, None]
@@ -59,7 +66,27 @@ def measure(runner: Any, codec: Any, document: Document, repeat: int = 1) -> dic
         "delta_nll": float((p[:-1] - log_q[:-1]).gather(1, targets).mean()),
         "encode_mb_s": 2e-6 * elements / encode,
         "decode_mb_s": 2e-6 * elements / decode,
+        **layers,
     }
+
+
+def _layers(data: bytes, chunk: KVChunk, out: KVChunk) -> dict[str, np.ndarray]:
+    elements = np.array([k.numel() + v.numel() for k, v in chunk.layers])
+    try:
+        container = Container(data)
+        groups = zip(container.sizes[1:], container.header.groups, strict=True)
+        share = np.concatenate([np.full(n, size / n) for size, n in groups])
+    except CorruptChunkError:  # a format of a codec's own, of equal layers
+        share = np.full(len(elements), len(data) / len(elements))
+    errors = [
+        [
+            float((a - b).square().sum().sqrt() / a.square().sum().sqrt().clamp_min(1e-30))
+            for a, b in zip(x, y, strict=True)
+        ]
+        for x, y in zip(chunk.layers, out.layers, strict=True)
+    ]
+    k, v = np.array(errors).T
+    return {"layer_bits": 8 * share / elements, "layer_error_k": k, "layer_error_v": v}
 
 
 def bench(
@@ -72,6 +99,7 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Every codec on `limit` windows of every source, in turns; a row per source and codec.
 
+    A row's "coders" are the speeds of entropy coders on the first window (coder_bench.py), the same in every row.
     Text that a profile was fitted on is left out. Raises ConfigError, DataError.
     """
     codecs = []
@@ -83,15 +111,16 @@ def bench(
     if context_tokens < 1 or context_tokens + CONTINUATION > runner.max_tokens:
         raise ConfigError(f"context_tokens = {context_tokens}: choose 1 to {runner.max_tokens - CONTINUATION}")
     fitted = {t for _, c in codecs if getattr(c, "profile", None) for t in Profile.load(c.profile).texts}
-    rows = []
+    rows, coders = [], []
     for source in sources:
         found = windows(documents(source), runner.tokenizer, context_tokens + CONTINUATION, 8 * limit)
         fresh = [w for w in found if text_digest(w) not in fitted][:limit]
         if not fresh:
             raise DataError(f"every window of {source} was in the text of a profile; measure on other text")
-        seen: list[list[dict[str, float]]] = [[] for _ in codecs]
+        seen: list[list[dict[str, Any]]] = [[] for _ in codecs]
         for window in tqdm(fresh, desc=Path(source).stem, unit="window"):
             document = Document(runner, window, context_tokens)
+            coders = coders or bench_coders(document.chunk)
             for (_, codec), into in zip(codecs, seen, strict=True):
                 into.append(measure(runner, codec, document, repeat))
         for (_, codec), into in zip(codecs, seen, strict=True):
@@ -104,8 +133,9 @@ def bench(
                     "context_tokens": context_tokens,
                     "documents": len(into),
                     "bits_per_element": mean.pop("bits"),
-                    **mean,
+                    **{name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in mean.items()},
                     "threads": torch.get_num_threads(),
+                    "coders": coders,
                 }
             )
     return rows

@@ -4,6 +4,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def fit_profile(
     """
     if codec not in FITTED:
         raise ConfigError(f"codec {codec!r} has nothing to fit; choose one of {', '.join(FITTED)}")
-    texts = [text for source in data for text in documents(source)]
+    # In turns, so that every source has a share of the windows.
+    texts = [text for turn in zip_longest(*map(documents, data)) for text in turn if text is not None]
     cut = windows(texts, runner.tokenizer, context_tokens + LABELS, max(3, tokens // context_tokens))
     held, used = cut[2::6][:4], [w for i, w in enumerate(cut) if i % 6 != 2]
     if not used or not held:
@@ -59,7 +61,9 @@ def fit_profile(
         if not path.exists():
             capture(runner, window, context_tokens, path, seed=number)
         files.append(path)
-    calibration, options = Documents(fit_target(runner), files), options or FitConfig()
+    # CacheGen compresses keys after RoPE, all other codecs those before it.
+    rotary = runner.rotary if codec == "cachegen" else None
+    calibration, options = Documents(fit_target(runner), files, rotary), options or FitConfig()
     with tqdm(desc="fit", unit="group") as bar:
 
         def progress(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The run loop: for each sample one full prefill, then every method, written to its own folder at once."""
+"""The run loop: for each sample one full prefill, then every method and codec, written to its own folder at once."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lmcache_blend.blend.blender import Blender
 from lmcache_blend.blend.policies import policies
-from lmcache_blend.codecs import PipelineCodec, get_codec
+from lmcache_blend.codecs import PipelineCodec, get_codec, short_name
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import MemoryStore
 from lmcache_blend.errors import ContextLengthError, ResultsError
@@ -51,8 +51,12 @@ class Combination:
 
     @property
     def label(self) -> str:
-        ratio = self.folder.config.recompute_ratio
-        return self.folder.config.method + ("" if ratio is None else f" {ratio:.0%}")
+        ratio, codec = self.folder.config.recompute_ratio, short_name(self.folder.config.codec)
+        return (
+            self.folder.config.method
+            + ("" if ratio is None else f" {ratio:.0%}")
+            + ("" if codec == "raw" else f" {codec}")
+        )
 
     def misses(self, item: Item) -> bool:
         """Whether that sample is still to be measured."""
@@ -84,9 +88,9 @@ def run(request: RunRequest, *, progress: bool = True) -> list[Results]:
     """
     task, routed = check(request)
     runner = load_runner(request.model, dtype=request.dtype, device=request.device)
-    codec = get_codec(request.codec)
-    if isinstance(codec, PipelineCodec):
-        codec.check_model(runner.fingerprint, request.model)
+    for codec in map(get_codec, request.codecs):
+        if isinstance(codec, PipelineCodec):
+            codec.check_model(runner.fingerprint, request.model)
     items, skipped = make_items(task, routed, runner)
     _warn_skipped(skipped, len(task.samples))
     combinations = [
@@ -107,13 +111,14 @@ def check(request: RunRequest) -> tuple[Task, RoutedOptions]:
     """Everything about a request that needs no model: names, options, codec and samples."""
     for method in request.methods:
         policies.get(method)
-    get_codec(request.codec)
+    for spec in request.codecs:
+        get_codec(spec)
     routed = route_options(request.options, request.methods, request.task if request.data is None else None)
     return load_task(request.task, request.data, request.limit, request.seed, **routed.task), routed
 
 
 def combination_configs(request: RunRequest, task: Task, routed: RoutedOptions, fingerprint: str) -> list[RunConfig]:
-    """One RunConfig per method and ratio; methods without a ratio come once."""
+    """One RunConfig per codec, method and ratio; methods without a ratio come once."""
     shared = {
         "task": task.name,
         "data": request.data.name if request.data else None,
@@ -124,20 +129,24 @@ def combination_configs(request: RunRequest, task: Task, routed: RoutedOptions, 
         "dtype": request.dtype,
         "device": request.device,
         "encode": request.encode,
-        "codec": get_codec(request.codec).get_config(),
         "seed": request.seed,
         "chunk_tokens": routed.harness.chunk_tokens,
         "max_new_tokens": routed.harness.max_new_tokens or task.max_new_tokens,
         "generate": routed.harness.generate,
         "long_context": routed.harness.long_context,
     }
+    codecs = [get_codec(spec).get_config() for spec in dict.fromkeys(request.codecs)]
     configs = []
     for method in dict.fromkeys(request.methods):
         options = dict(routed.policies[method])
         if "seed" in policy_fields(method):
             options.setdefault("seed", request.seed)
         ratios = dict.fromkeys(request.recompute_ratios) if uses_ratio(method) else [None]
-        configs += [RunConfig(**shared, method=method, recompute_ratio=r, policy_options=options) for r in ratios]
+        configs += [
+            RunConfig(**shared, codec=codec, method=method, recompute_ratio=r, policy_options=options)
+            for codec in codecs
+            for r in ratios
+        ]
     return configs
 
 
@@ -202,10 +211,14 @@ def _loop(runner: Any, items: Sequence[Item], combinations: Sequence[Combination
 
 
 def _measure(runner: Any, item: Item, combinations: Sequence[Combination], bar: tqdm) -> None:
-    store = _store(combinations[0])
-    blenders = [Blender(runner, c.blend, store=store) for c in combinations]
-    for blender in blenders:
-        blender.store(item.prompt)
+    raw = MemoryStore()
+    Blender(runner, combinations[0].blend, store=raw).store(item.prompt)
+    stores: dict[str, MemoryStore] = {}
+    for combination in combinations:
+        config = combination.folder.config.codec
+        if str(config) not in stores:
+            stores[str(config)] = _store(config, raw)
+    blenders = [Blender(runner, c.blend, store=stores[str(c.folder.config.codec)]) for c in combinations]
     bar.set_postfix_str("full prefill")
     reference = measure_reference(blenders[0], item, runner.tokenizer)
     exact = None
@@ -224,22 +237,31 @@ def _measure(runner: Any, item: Item, combinations: Sequence[Combination], bar: 
 
 def _warm_up(runner: Any, item: Item, combinations: Sequence[Combination]) -> None:
     """Run full prefill and every method once uncounted: kernels compile, buffers are allocated."""
-    store = _store(combinations[0])
+    raw = MemoryStore()
     blends = {
         "full_recompute": BlendConfig(policy="full_recompute"),
         **{c.blend.policy: c.blend for c in combinations},
     }
     for blend in blends.values():
-        blender = Blender(runner, blend, store=store)
+        blender = Blender(runner, blend, store=raw)
         blender.store(item.prompt)
         blender.prefill(item.prompt)
+    for config in {str(c.folder.config.codec): c.folder.config.codec for c in combinations}.values():
+        store = _store(config, raw)
+        for key in store:
+            store.get(key)
 
 
-def _store(combination: Combination) -> MemoryStore:
-    """A store for the passages of one sample; raw KV as it is needs no encoding on its way."""
-    config = combination.folder.config.codec
-    raw = config["id"] == "raw" and not any(value for key, value in config.items() if key != "id")
-    return MemoryStore(None if raw else get_codec(config))
+def _store(config: dict[str, Any], raw: MemoryStore) -> MemoryStore:
+    """The passages of one sample through a codec; raw KV as it is needs no encoding on its way."""
+    if config["id"] == "raw" and not any(value for key, value in config.items() if key != "id"):
+        return raw
+    store = MemoryStore(get_codec(config))
+    for key in raw:
+        stored = raw.get(key)
+        assert stored is not None
+        store.put(key, stored.chunk)
+    return store
 
 
 @contextmanager

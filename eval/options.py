@@ -40,7 +40,7 @@ class RunRequest(Config):
     """Names of policies."""
     recompute_ratios: tuple[float, ...] = pydantic.Field(default=(0.15,), min_length=1)
     """Fractions of the reused tokens to compute anew, each 0 to 1."""
-    codec: str = "raw"
+    codecs: tuple[str, ...] = ("raw",)
     """Codec that stored KV goes through: an id or JSON."""
     limit: int = pydantic.Field(default=50, ge=1)
     """At most this many samples."""

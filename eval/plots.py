@@ -57,6 +57,7 @@ X_AXES: dict[str, tuple[str, Callable[[Results], tuple[float, float, float]]]] =
 
 def write_plots(boards: Sequence[Board], folder: Path) -> list[Path]:
     """Write every plot as PNG and return the paths. Raises ResultsError."""
+    from lmcache_blend.eval.codec_plots import answers_figure
     from lmcache_blend.eval.plot_traces import deviation_figure, stages_figure
 
     with writing(folder):
@@ -64,15 +65,16 @@ def write_plots(boards: Sequence[Board], folder: Path) -> list[Path]:
     colours = method_colours(row.label for board in boards for row in board.rows)
     written = []
     with mpl.rc_context(STYLE):
-        written += [_save(scatter_figure(boards, x, colours), folder / f"quality_vs_{x}.png") for x in X_AXES]
+        written += [save(scatter_figure(boards, x, colours), folder / f"quality_vs_{x}.png") for x in X_AXES]
         for board in boards:
             stem = board.best.config.folder.rsplit("__", 2)[0] + _suffix(board, boards)
             for name, figure in (
                 ("stages", stages_figure(board, colours)),
                 ("deviation", deviation_figure(board, colours)),
+                ("codecs", answers_figure(board)),
             ):
                 if figure is not None:
-                    written.append(_save(figure, folder / f"{name}__{stem}.png"))
+                    written.append(save(figure, folder / f"{name}__{stem}.png"))
     return written
 
 
@@ -229,7 +231,8 @@ def _suffix(board: Board, boards: Sequence[Board]) -> str:
     return f"__{twins.index(board) + 1}" if len(twins) > 1 else ""
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all. Raises ResultsError."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")
     write_atomic(path, buffer.getvalue())

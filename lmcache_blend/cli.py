@@ -87,7 +87,13 @@ def parser() -> Parser:
     run.add_argument(
         "--recompute-ratio", type=_words, default=["0.15"], metavar="R[,R...]", help="0 to 1 (default 0.15)"
     )
-    run.add_argument("--codec", default="raw", metavar="SPEC", help="id or JSON of the stored KV's codec (default raw)")
+    run.add_argument(
+        "--codec",
+        default=["raw"],
+        type=cli_codec.split_specs,
+        metavar="SPEC[,SPEC...]",
+        help="id or JSON of the stored KV's codec (default raw)",
+    )
     run.add_argument("--backend", choices=["hf"], default="hf", help="engine that runs the model")
     run.add_argument("--limit", type=int, default=50, metavar="N", help="at most so many samples (default 50)")
     run.add_argument(
@@ -138,7 +144,7 @@ def _run(arguments: argparse.Namespace) -> None:
         data=arguments.data,
         methods=tuple(arguments.method),
         recompute_ratios=ratios,
-        codec=arguments.codec,
+        codecs=tuple(arguments.codec),
         limit=arguments.limit,
         seed=arguments.seed,
         options=dict(parse_option(text) for text in arguments.option),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,12 @@ def add_commands(commands: Any, write_json: Any, list_kind: Any) -> None:
     bench.add_argument("--context-tokens", type=int, default=2048, metavar="N", help="default 2048")
     bench.add_argument("--limit", type=int, default=4, metavar="N", help="windows of each file (default 4)")
     bench.add_argument("--json", metavar="OUT", help="write the rows as JSON, - for stdout (instead of the table)")
+    bench.add_argument("--plots", type=Path, metavar="DIR", help="write rate_kl.png and layers.png (needs matplotlib)")
 
     look = codecs.add_parser("inspect", help="what is in a file", description="Header, sizes and tables of a chunk.")
     look.set_defaults(command=lambda arguments: _inspect(arguments, write_json))
     look.add_argument("file", type=Path, metavar="FILE")
+    look.add_argument("--profile", metavar="PROFILE", help="names the stages of a codec that was fitted to a model")
     look.add_argument("--json", nargs="?", const="-", metavar="OUT", help="as JSON")
 
     ls = codecs.add_parser("ls", help="what is registered", description="Registered codecs.")
@@ -113,6 +116,12 @@ def _bench(arguments: argparse.Namespace, write_json: Any) -> None:
         write_json(rows, arguments.json)
     if arguments.json != "-":
         print_table(rows)
+        print_coders(rows[0]["coders"])
+    if arguments.plots:
+        from lmcache_blend.eval.codec_plots import write_codec_plots
+
+        for path in write_codec_plots(rows, arguments.plots):
+            print(f"written: {path}", file=sys.stderr)
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -120,28 +129,41 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from lmcache_blend.codecs import short_name
+
     # Short heads, so that a terminal of 80 columns has room for the codecs' names.
     table = Table(box=None, caption="bits: per element; encode, decode: MB/s of 16-bit KV", caption_justify="left")
     for head in ("data", "codec", "bits", "KL", "top-1", "dNLL", "encode", "decode"):
         table.add_column(head, overflow="fold", justify="left" if head in ("data", "codec") else "right")
     for row in rows:
-        name = _short(row["codec"])
+        name = short_name(row["codec"])
         numbers = [f"{row['bits_per_element']:.3f}", f"{row['kl']:.5f}", f"{row['top1_agreement']:.3f}"]
         numbers += [f"{row['delta_nll']:+.4f}", f"{row['encode_mb_s']:.0f}", f"{row['decode_mb_s']:.0f}"]
         table.add_row(row["data"], name, *numbers)
     Console().print(table)
 
 
-def _short(config: dict[str, Any]) -> str:
-    """Id and the settings that are not the codec's defaults."""
-    from lmcache_blend.codecs import codecs
+def print_coders(coders: Sequence[dict[str, Any]]) -> None:
+    """Speeds of entropy coders on the same symbols, a line each."""
+    from rich.console import Console
+    from rich.table import Table
 
-    fields = getattr(codecs.get(config["id"]), "model_fields", {})
-    own = {k: v for k, v in config.items() if k in fields and v != fields[k].default}
-    return config["id"] + "".join(f" {k}={Path(v).name if k == 'profile' else v}" for k, v in own.items())
+    caption = "entropy coders alone, one thread; MB/s of 8-bit symbols; ratio: decode speed of rans over the coder's"
+    table = Table(box=None, caption=caption, caption_justify="left")
+    for head in ("coder", "bits/symbol", "encode", "decode", "ratio"):
+        table.add_column(head, overflow="fold", justify="left" if head == "coder" else "right")
+    for row in coders:
+        if "note" in row:
+            table.add_row(row["coder"], row["note"])
+            continue
+        numbers = [f"{row['bits_per_symbol']:.3f}", f"{row['encode_mb_s']:.0f}", f"{row['decode_mb_s']:.0f}"]
+        table.add_row(row["coder"], *numbers, f"{row['decode_ratio']:.1f}")
+    Console().print(table)
 
 
 def _inspect(arguments: argparse.Namespace, write_json: Any) -> None:
+    from lmcache_blend.codecs import PipelineCodec, Profile, get_codec
+    from lmcache_blend.codecs.container import Container
     from lmcache_blend.codecs.inspect import describe, render
 
     try:
@@ -149,7 +171,16 @@ def _inspect(arguments: argparse.Namespace, write_json: Any) -> None:
     except OSError as error:
         raise errors.DataError(f"cannot read {arguments.file}: {error.strerror or error}") from None
     try:
-        description = describe(data)
+        codec = None
+        if arguments.profile:
+            header, digest = Container(data).header, Profile.load(arguments.profile).digest
+            if digest != header.profile:
+                raise errors.ConfigError(
+                    f"{arguments.file} was coded with profile {str(header.profile)[:12]}, "
+                    f"{arguments.profile} is {digest[:12]}; name the one of the chunk, or none"
+                )
+            codec = get_codec({**header.codec, "profile": arguments.profile})
+        description = describe(data, codec if isinstance(codec, PipelineCodec) else None)
     except errors.CorruptChunkError as error:
         raise errors.DataError(f"{arguments.file}: {error}") from None
     if arguments.json:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_codec_conformance import CASES, FITTED, MEAN, SINKS, UNIFORM, pipeline
 
+from lmcache_blend import cli
 from lmcache_blend.codecs import get_codec, rans
 from lmcache_blend.codecs.container import Container, pack
 from lmcache_blend.codecs.inspect import describe, render
@@ -97,3 +98,13 @@ def test_a_codec_with_a_profile_names_its_stages_only_with_it():
     assert [s["id"] for s in without["planes"][0]["stages"]] == [None] * 3
     assert [s["id"] for s in with_it["planes"][0]["stages"]] == ["sinks", "recent", "components"]
     assert describe(data)["profile"] == codec.profile_digest
+
+
+def test_the_command_names_stages_where_it_is_given_the_profile(tmp_path, capsys):
+    config = CASES["kvtc_fitted"].config()
+    file = tmp_path / "chunk"
+    file.write_bytes(get_codec(config).encode(SUITE.chunk(FITTED, 37, torch.float32)))
+    assert cli.main(["codec", "inspect", str(file), "--profile", config["profile"]]) == 0
+    assert "components" in capsys.readouterr().out
+    assert cli.main(["codec", "inspect", str(file), "--profile", str(tmp_path / "none")]) == 2
+    assert "make one with `lmcache-blend codec fit`" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The tour, executed from top to bottom; what it shows is checked, not only that it runs."""
+"""The notebooks, executed from top to bottom; what they show is checked, not only that they run."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "tour.ipynb"
+FOLDER = Path(__file__).parent.parent / "notebooks"
 
 # A last cell, seen by this test only: the tour's own variables as JSON.
 REPORT = """
@@ -35,17 +35,28 @@ print("REPORT" + json.dumps({
 """
 
 
-def source() -> nbformat.NotebookNode:
-    return nbformat.read(NOTEBOOK, as_version=4)
+CODECS_REPORT = """
+import json
+print("REPORT" + json.dumps({
+    "sizes": [len(raw), len(data)],
+    "explained": float(explained),
+    "zeros": float((symbols == 0).mean()),
+    "error": float(error / spread),
+    "rows": [[row["data"], row["codec"]["id"], row["bits_per_element"], row["kl"]] for row in rows],
+}))
+"""
 
 
-@pytest.fixture(scope="module")
-def tour() -> SimpleNamespace:
-    """What the executed tour found, and how many pictures it drew."""
-    notebook = source()
-    notebook.cells.append(nbformat.v4.new_code_cell(REPORT))
+def source(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / name, as_version=4)
+
+
+def executed(name: str, report: str) -> SimpleNamespace:
+    """What the report's variables are after the whole notebook, and how many pictures it drew."""
+    notebook = source(name)
+    notebook.cells.append(nbformat.v4.new_code_cell(report))
     NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
     ).execute()
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     printed = "".join(out.text for out in outputs if out.output_type == "stream" and out.name == "stdout")
@@ -53,14 +64,28 @@ def tour() -> SimpleNamespace:
     return SimpleNamespace(**json.loads(printed.partition("REPORT")[2]), pictures=pictures)
 
 
-def test_it_is_committed_without_outputs():
-    code = [cell for cell in source().cells if cell.cell_type == "code"]
+@pytest.fixture(scope="module")
+def tour() -> SimpleNamespace:
+    return executed("tour.ipynb", REPORT)
+
+
+@pytest.fixture(scope="module")
+def codec_tour() -> SimpleNamespace:
+    return executed("codecs.ipynb", CODECS_REPORT)
+
+
+@pytest.mark.parametrize("name", ["tour.ipynb", "codecs.ipynb"])
+def test_it_is_committed_without_outputs(name):
+    code = [cell for cell in source(name).cells if cell.cell_type == "code"]
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
-def test_the_policy_is_written_in_under_30_lines():
-    (cell,) = [c.source for c in source().cells if "policies.register(" in c.source]
-    assert len(cell.splitlines()) < 30
+@pytest.mark.parametrize(
+    ("name", "marker"), [("tour.ipynb", "policies.register("), ("codecs.ipynb", "@register_codec(")]
+)
+def test_a_policy_and_a_codec_are_written_in_under_30_lines(name, marker):
+    (cell,) = [c.source for c in source(name).cells if marker in c.source]
+    assert len(cell.partition("\n\n\nmine")[0].splitlines()) < 30
 
 
 def test_it_ran_in_this_environment_and_drew(tour):
@@ -109,3 +134,17 @@ def test_the_new_policy_stands_beside_the_built_in_ones(tour):
     assert mean["strong_heads"] < 0.5 * mean["random"] < mean["full_reuse"]
     assert tour.summary["strong_heads"] == pytest.approx(tour.summary["query_attention"], rel=0.02)
     assert tour.summary["strong_heads"] < 0.2
+
+
+def test_the_codec_notebook_shows_small_chunks_and_the_ranking(codec_tour):
+    raw, coded = codec_tour.sizes
+    assert raw > 8 * coded
+    assert 0.05 < codec_tour.explained < 1
+    assert codec_tour.zeros > 0.5
+    assert codec_tour.error < 0.2
+    assert codec_tour.pictures == 2
+    for text in ("people", "asyncio"):
+        rows = [r[1:] for r in codec_tour.rows if r[0] == text]
+        best = max((bits for name, bits, kl in rows if name == "fisher_klt" and kl < 0.02), default=99)
+        rivals = [bits for name, bits, kl in rows if name != "fisher_klt" and kl < 0.02]
+        assert best < 0.6 * min(rivals), "every rival of like quality takes far more bits"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lmcache_blend.codecs import rans
 from lmcache_blend.codecs.tables import ESCAPE, MISSING, REACH, Tables, bank, exact, histogram, laplace_bank, normalise
 from lmcache_blend.errors import CorruptChunkError
+from lmcache_blend.triton_kernels.rans import avx2, cpu
 
 BANK = laplace_bank()
 EXTREMES = (-32767, 32767, -128, 127, 128, -127, REACH + 1, 0)
@@ -49,6 +50,24 @@ def test_any_rows_come_back_with_any_tables(q, tables, data):
     stream = rans.encode(q, ids, tables)
     assert np.array_equal(rans.decode(stream, ids, q.shape[1], tables), q)
     assert np.array_equal(rans.decode_reference(stream, ids, q.shape[1], tables), q)
+
+
+@pytest.mark.skipif(not avx2.available(), reason="this processor has no AVX2")
+@pytest.mark.parametrize("width", [0, 1, 2, 4])
+def test_the_avx2_loop_does_what_the_portable_one_does(width):
+    rng = np.random.default_rng(width)
+    table = int(np.flatnonzero(BANK.width == max(width, 1))[0])
+    words = rng.integers(0, 1 << 16, 3000 + rans.LANES).astype(np.uint16)
+    states = rng.integers(1 << 16, 1 << 32, rans.LANES).astype(np.uint32)
+    for count in (0, 40, 3000):  # the first two run dry
+        seen = []
+        for loop in (cpu.portable_blocks, avx2.decode_blocks):
+            x, out = states.copy(), np.zeros(64 * 32 * max(width, 1), np.int16)
+            luts = (BANK.direct if width else BANK.lut)[table]
+            at = loop(words, 7, count, x, luts, BANK.values[table], avx2.SPREAD, 12, width, 64, out)
+            seen.append((at, x.tolist() if at >= 0 else None, out.tolist() if at >= 0 else None))
+        assert seen[0] == seen[1]
+    assert seen[0][0] > 7
 
 
 @settings(deadline=None)

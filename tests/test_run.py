@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tiny import POSITIONS, arguments, build_model, lines, one_line_error, passa
 from lmcache_blend import cli
 from lmcache_blend.eval import harness, measure
 from lmcache_blend.eval.report import report
+from lmcache_blend.hf import load_runner
 from lmcache_blend.types import Prompt
 
 
@@ -203,6 +205,16 @@ def test_options_reach_the_policy_the_loop_and_the_task(model, tmp_path):
         assert (np.diff(trace["spans"], axis=1)[1:] <= 40).all()
 
 
+def test_a_model_is_the_same_one_wherever_it_lies(model, tmp_path):
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(model, copy)
+    first, second = (load_runner(str(path), dtype="float32").fingerprint for path in (model, copy))
+    assert first == second
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    assert load_runner(str(copy), dtype="float32").fingerprint != first
+
+
 def test_stored_kv_goes_through_the_codec(model, data, tmp_path, output):
     spec = '{"id": "raw", "dtype": "bfloat16"}'
     command = arguments(model, data, tmp_path, "--codec", spec, method="full_reuse,prefix_cache", limit=2)
@@ -212,6 +224,19 @@ def test_stored_kv_goes_through_the_codec(model, data, tmp_path, output):
     assert found["full_reuse", None].bits_per_element == pytest.approx(16.0, rel=0.1)  # and headers
     # Rounded keys and values no longer give full prefill's logits to the last bit.
     assert 1e-9 < found["prefix_cache", None].metrics.kl.mean < 1e-2  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_several_codecs_share_a_run_and_are_drawn_against_each_other(model, data, tmp_path, output):
+    specs = 'raw,{"id": "int8"},{"id": "kivi", "bits_k": 2, "bits_v": 2, "group": 32}'
+    assert cli.main(arguments(model, data, tmp_path, "--codec", specs, method="prefix_cache", limit=2)) == 0
+    read = (json.loads(path.read_text()) for path in tmp_path.rglob("results.json"))
+    found = {r["codec"]["id"]: r for r in read}
+    kl = {name: r["metrics"]["kl"]["mean"] for name, r in found.items()}
+    assert kl["raw"] < 1e-9 < kl["int8"] < kl["kivi"]
+    bits = {name: r["bits_per_element"] for name, r in found.items()}
+    assert bits["kivi"] < bits["int8"] < bits["raw"] == 32  # float32, as it is
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert list((tmp_path / "plots").glob("codecs__*.png"))
 
 
 def test_sets_without_answers_measure_fidelity(model, tmp_path):

@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from lmcache_blend.codecs import Codec
@@ -71,6 +72,11 @@ class MemoryStore:
     def __contains__(self, key: bytes) -> bool:
         with self._lock:
             return key in self._items
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Keys of what is stored, the least recently used first."""
+        with self._lock:
+            return iter(list(self._items))
 
     def __len__(self) -> int:
         return len(self._items)

@@ -18,21 +18,36 @@ from lmcache_blend.blend.runner import Plan
 from lmcache_blend.codecs.calibration import FitTarget
 from lmcache_blend.hf.intercept import Forward
 from lmcache_blend.hf.runner import HFRunner
+from lmcache_blend.rotary import RotaryTable
 
 SINKS = 4
 
 
 class Documents:
-    """A Calibration (codecs/calibration.py) over files of `capture`."""
+    """A Calibration (codecs/calibration.py) over files of `capture`.
 
-    def __init__(self, target: FitTarget, files: Sequence[Path]):
+    rotary: of the model, for codecs of keys after RoPE: each document's keys are turned to the positions they had.
+    """
+
+    def __init__(self, target: FitTarget, files: Sequence[Path], rotary: RotaryTable | None = None):
         self.target, self._files = target, [safe_open(path, "pt") for path in files]
+        self._rotary = rotary
         self.ids: Sequence[Tensor] = [f.get_tensor("ids") for f in self._files]
         self.texts = frozenset(text_digest(x) for x in self.ids)
         self.lengths: Sequence[int] = [len(x) - SINKS for x in self.ids]
 
     def kv(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self._rows(f"k{layer}"), self._rows(f"v{layer}")
+        pair = self._rows(f"k{layer}"), self._rows(f"v{layer}")
+        if self._rotary is None:
+            return pair
+        hk, dk, hv, dv = self.target.shapes[layer]
+        documents = []
+        for parts in zip(*(x.split(list(self.lengths)) for x in pair), strict=True):
+            angles = self._rotary.at(torch.arange(SINKS, SINKS + len(parts[0])))
+            heads = (x.unflatten(1, size).transpose(0, 1) for x, size in zip(parts, ((hk, dk), (hv, dv)), strict=True))
+            documents.append([x.transpose(0, 1).flatten(1) for x in angles.rotate(layer, *heads)])
+        k, v = (torch.cat(parts) for parts in zip(*documents, strict=True))
+        return k, v
 
     def fisher(self, layer: int) -> tuple[Tensor, Tensor]:
         pair = []

@@ -1,6 +1,7 @@
 """HFRunner: the ModelRunner of transformers models. It owns no layer code; see intercept.py for how it gets in."""
 
 import hashlib
+import json
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -139,9 +140,13 @@ def _stop_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over the configuration and a sample of every weight: other weights, another fingerprint."""
+    """SHA-256 over the configuration and a sample of every weight: other weights, another fingerprint.
+
+    Where the model lies and which release wrote its configuration do not count: stored KV outlives both.
+    """
     digest = hashlib.sha256(type(model).__name__.encode())
-    digest.update(model.config.to_json_string(use_diff=False).encode())
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.named_parameters():
         flat = weight.detach().view(-1)
         sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu()

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from kernel_lab import both_orders, traffic
 
 from lmcache_blend.triton_kernels.rans import examples, ops, reference
+from lmcache_blend.triton_kernels.tables import slots
 
 CPU = torch.device("cpu")
 ENCODE, DECODE = examples.tables()
+LUT = slots(ENCODE.freq, 12)
 
 
 @st.composite
@@ -47,7 +49,7 @@ def test_streams_are_those_of_the_cpu_and_come_back(drawn):
     assert torch.equal(made[0], q[examples.inside(rows)])
     assert torch.equal(made[1], got[1].diff())
     assert torch.equal(made[2], got[4].diff())
-    assert (made[3].to(torch.int64) == ops.LOW).all()
+    assert (made[3].to(torch.int64) == reference.LOW).all()
 
 
 @settings(max_examples=15, deadline=None)
@@ -78,7 +80,7 @@ def test_damaged_streams_stay_within_bounds_and_are_noticed_as_on_cpu(drawn, dat
         want = ops.decode(*args)[1:]
 
     def verdict(used, filled, ends):
-        whole = (used == starts.diff()) & (ends.to(torch.int64) == ops.LOW).all(1)
+        whole = (used == starts.diff()) & (ends.to(torch.int64) == reference.LOW).all(1)
         return whole & (filled == escape_starts.diff()), whole
 
     for a, b in zip(verdict(*got), verdict(*want), strict=True):
@@ -123,13 +125,13 @@ def test_a_stream_per_lane_comes_back_and_notices_a_cut(tokens, channels, seed):
     want = reference.encode_lanes_reference(x, ids, ENCODE.freq, ENCODE.cum, 12)
     for a, b in zip((words, starts, states), want, strict=True):
         assert torch.equal(a, b)
-    out, used, ends = both_orders(lambda: ops.decode_lanes(words, starts, states, ids, DECODE, tokens))
+    out, used, ends = both_orders(lambda: ops.decode_lanes(words, starts, states, ids, LUT, 12, tokens))
     assert torch.equal(out, x)
     assert torch.equal(used, starts.diff())
-    assert (ends.to(torch.int64) == ops.LOW).all()
+    assert (ends.to(torch.int64) == reference.LOW).all()
     if len(words):
         short = torch.minimum(starts, starts[-1] - 1)
-        out, used, _ = ops.decode_lanes(words[:-1], short, states, ids, DECODE, tokens)
+        out, used, _ = ops.decode_lanes(words[:-1], short, states, ids, LUT, 12, tokens)
         assert (used > short.diff()).any()
 
 

@@ -69,9 +69,7 @@ def _example(axis: str, group: int, bits: int, pairing: str, kernel: str) -> lis
             tolerance=2.5e-3,
             streaming=("dequantise_groups" if pairing == "none" else "dequantise_pairs",),
             rivals={
-                "torch": lambda q, step, zero, axis, *rest: dequantise_reference(
-                    q, step, zero, axis == "token", *rest
-                )
+                "torch": lambda q, step, zero, axis, *rest: dequantise_reference(q, step, zero, axis == "token", *rest)
             },
         ),
     ]

@@ -35,9 +35,10 @@ def tile_of(pid, g, tokens, dims, group, AXIS: tl.constexpr, BLOCK_T: tl.constex
     """Tokens and dims of the first tile of group g, and where both end."""
     i, j = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     if AXIS == 1:
-        return pid * BLOCK_T + i, g * group + j, tokens, tl.minimum(dims, (g + 1) * group)
+        t, d, end_t, end_d = pid * BLOCK_T + i, g * group + j, tokens, tl.minimum(dims, (g + 1) * group)
     else:
-        return g * group + i, pid * BLOCK_D + j, tl.minimum(tokens, (g + 1) * group), dims
+        t, d, end_t, end_d = g * group + i, pid * BLOCK_D + j, tl.minimum(tokens, (g + 1) * group), dims
+    return t, d, end_t, end_d
 
 
 @triton.jit
@@ -52,9 +53,10 @@ def load_tile(x, t, d, end_t, end_d, stride):
 def place_of(t, d, g, h, tokens, dims, groups, AXIS: tl.constexpr):
     """Where the scales of a tile's groups stand, and which of them are."""
     if AXIS == 1:
-        return (h * tokens + t) * groups + g, t < tokens
+        place, here = (h * tokens + t) * groups + g, t < tokens
     else:
-        return (h * groups + g) * dims + d, d < dims
+        place, here = (h * groups + g) * dims + d, d < dims
+    return place, here
 
 
 @triton.jit

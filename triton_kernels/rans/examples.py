@@ -7,10 +7,9 @@ from torch import Tensor
 
 from lmcache_blend.triton_kernels.example import Example
 from lmcache_blend.triton_kernels.rans import ops, reference
-from lmcache_blend.triton_kernels.tables.cpu import slots as cpu_slots
 from lmcache_blend.triton_kernels.tables.examples import symbols
 from lmcache_blend.triton_kernels.tables.ops import frequencies, histogram
-from lmcache_blend.triton_kernels.tables.reference import normalise
+from lmcache_blend.triton_kernels.tables.reference import normalise, slots_reference
 
 CPU = torch.device("cpu")
 
@@ -22,23 +21,27 @@ def tables() -> tuple[ops.EncodeTables, ops.DecodeTables]:
         steps = torch.arange(-reach, reach + 1)
         tuples = torch.cartesian_prod(*(steps for _ in range(width))).reshape(-1, width)
         weight = torch.exp(-tuples.abs().sum(1).double() / spread)
-        keep = torch.sort(weight, descending=True, stable=True).indices[: ops.ESCAPE]
+        keep = torch.sort(weight, descending=True, stable=True).indices[: reference.ESCAPE]
         freq, values = torch.zeros(256, dtype=torch.int64), torch.zeros(256, 4, dtype=torch.int16)
         # Every symbol keeps a frequency of 1 or more; the escape has what one step of 1/256 is worth.
         shares = torch.cat((weight[keep] / weight[keep].sum() + 1e-3, torch.tensor([4e-3], dtype=torch.float64)))
         made = torch.from_numpy(normalise(shares.numpy(), 12).astype("int64"))
-        freq[: len(keep)], freq[ops.ESCAPE] = made[:-1], made[-1]
-        values[: len(keep), :width], values[ops.ESCAPE] = tuples[keep].to(torch.int16), -32768
+        freq[: len(keep)], freq[reference.ESCAPE] = made[:-1], made[-1]
+        values[: len(keep), :width], values[reference.ESCAPE] = tuples[keep].to(torch.int16), -32768
         parts.append((width, reach, freq, values))
-    maps = torch.full((len(parts), 1024), ops.ESCAPE, dtype=torch.uint8)
+    maps = torch.full((len(parts), 1024), reference.ESCAPE, dtype=torch.uint8)
     for i, (width, reach, freq, values) in enumerate(parts):
-        used = freq[: ops.ESCAPE].nonzero()[:, 0]
+        used = freq[: reference.ESCAPE].nonzero()[:, 0]
         base = (2 * reach + 1) ** torch.arange(width - 1, -1, -1)
         maps[i, ((values[used, :width].long() + reach) * base).sum(1)] = used.to(torch.uint8)
     freq = torch.stack([p[2] for p in parts])
     counts, width = freq.to(torch.uint16), torch.tensor([p[0] for p in parts], dtype=torch.uint8)
     reaches = torch.tensor([p[1] for p in parts], dtype=torch.int16)
-    lut = torch.from_numpy(cpu_slots(counts.numpy(), 12))
+    lut = slots_reference(counts, 12).to(torch.int64)
+    # Width 1 has values for symbols: those of the third table.
+    byte = torch.where(lut[2] & 255 == reference.ESCAPE, -128, parts[2][3][lut[2] & 255, 0].to(torch.int64))
+    lut[2] = (lut[2] & 0xFFFFFF00) | (byte & 255)
+    lut = lut.to(torch.uint32)
     return (
         ops.EncodeTables(12, width, reaches, maps, counts, (freq.cumsum(1) - freq).to(torch.uint16)),
         ops.DecodeTables(12, width, lut, torch.stack([p[3] for p in parts])),
@@ -100,7 +103,7 @@ def decode_reference(*args: Any) -> tuple:
     """The values that were coded, all words and escapes used, and the states that every stream starts from."""
     _, word_starts, states, _, escape_starts, rows, _, _ = args
     flat = values(len(rows.streams) == 4)[0].to(states.device)
-    ends = torch.full(states.shape, ops.LOW, device=states.device).to(torch.uint32)
+    ends = torch.full(states.shape, reference.LOW, device=states.device).to(torch.uint32)
     return flat[inside(rows)], word_starts.diff(), escape_starts.diff(), ends
 
 
@@ -136,7 +139,8 @@ def lanes_words(device: torch.device, small: bool) -> tuple:
     kept = torch.arange(len(x)) >= firsts[:, None]
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)))
     packed = words.to(torch.int32)[kept].to(torch.uint16)
-    return (*(v.to(device) for v in (packed, starts, states, ids)), tables()[1].to(device), len(x))
+    lut = slots_reference(t.freq, t.bits)
+    return (*(v.to(device) for v in (packed, starts, states, ids, lut)), t.bits, len(x))
 
 
 def encode_lanes(x: Tensor, ids: Tensor, t: ops.EncodeTables) -> tuple:
@@ -155,9 +159,9 @@ def encode_lanes_reference(x: Tensor, ids: Tensor, t: ops.EncodeTables) -> tuple
     return tuple(v.to(x.device) for v in made)
 
 
-def decode_lanes_reference(words: Tensor, starts: Tensor, states: Tensor, ids: Tensor, t: ops.DecodeTables, n: int):
+def decode_lanes_reference(words: Tensor, *rest: Any) -> tuple:
     """Lane by lane."""
-    made = reference.decode_lanes_reference(*(x.cpu() for x in (words, starts, states, ids, t.lut)), t.bits, n)
+    made = reference.decode_lanes_reference(*(x.cpu() if isinstance(x, Tensor) else x for x in (words, *rest)))
     return tuple(v.to(words.device) for v in made)
 
 
@@ -189,7 +193,7 @@ def exact_reference(*args: Any) -> tuple:
     _, word_starts, states, streams, _, _ = args
     q = symbols(CPU, len(streams) == 4).clamp(-15, 15) + 15
     q[0] = 7
-    ends = torch.full(states.shape, ops.LOW, device=states.device).to(torch.uint32)
+    ends = torch.full(states.shape, reference.LOW, device=states.device).to(torch.uint32)
     return q.to(states.device), word_starts.diff(), ends
 
 

@@ -158,7 +158,7 @@ def take_escapes(q, symbols, starts, lengths, ids, widths, counts, firsts, escap
 
 @triton.jit
 def expand_rows(symbols, starts, lengths, ids, widths, values, out, counts, BLOCK: tl.constexpr):
-    """Symbols to values, and how many values of each row are missing (escaped)."""
+    """Symbols to values, and how many values of each row are missing (escaped); those of width 1 are values already."""
     row = tl.program_id(0)
     table = tl.load(ids + row)
     width = tl.load(widths + table).to(tl.int32)
@@ -168,8 +168,11 @@ def expand_rows(symbols, starts, lengths, ids, widths, values, out, counts, BLOC
     for b in range(0, used, BLOCK):
         i = b + tl.arange(0, BLOCK)
         live = i < used
-        s = tl.load(symbols + start + i // width, mask=live, other=0).to(tl.int64)
-        v = tl.load(values + (table * 256 + s) * 4 + i % width, mask=live, other=0)
+        s = tl.load(symbols + start + i // width, mask=live, other=0)
+        at = (table * 256 + s.to(tl.int64)) * 4 + i % width
+        single = s.to(tl.int8, bitcast=True).to(tl.int16)
+        single = tl.where(single == -128, -32768, single).to(tl.int16)
+        v = tl.where(width == 1, single, tl.load(values + at, mask=live & (width > 1), other=0))
         tl.store(out + start + i, v, mask=live)
         found += (live & (v == -32768)).to(tl.int32)
     tl.store(counts + row, tl.sum(found, 0).to(tl.int64))

@@ -14,9 +14,10 @@ from torch import Tensor
 from lmcache_blend.triton_kernels.launch import launch, on_triton
 from lmcache_blend.triton_kernels.operator import operator
 from lmcache_blend.triton_kernels.rans import cpu
+from lmcache_blend.triton_kernels.rans.avx2 import SPREAD
 from lmcache_blend.triton_kernels.tables.ops import slots
 
-LANES, LOW, ESCAPE = 32, 1 << 16, 255
+LANES = 32
 UNROLL = 2
 """Steps in the decoder's innermost loop: from 2 on it takes less than one instruction per symbol on sm90."""
 BLOCK = 1024
@@ -42,7 +43,11 @@ class EncodeTables(NamedTuple):
 
 
 class DecodeTables(NamedTuple):
-    """The decoder's part: width [n] uint8, lut [n, 2^bits] uint32, values [n, 256, 4] int16."""
+    """The decoder's part: width [n] uint8, lut [n, 2^bits] uint32, values [n, 256, 4] int16.
+
+    lut by slot: frequency - 1 (12 bits), slot - cum (12), and the symbol (8), or the value itself as an int8 (-128 for
+    the escape) in tables of width 1.
+    """
 
     bits: int
     width: Tensor
@@ -155,15 +160,16 @@ def encode_lanes(symbols: Tensor, ids: Tensor, tables: EncodeTables) -> tuple[Te
 
 
 def decode_lanes(
-    words: Tensor, starts: Tensor, states: Tensor, ids: Tensor, tables: DecodeTables, tokens: int
+    words: Tensor, starts: Tensor, states: Tensor, ids: Tensor, lut: Tensor, bits: int, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """words [W] uint16, those of channel c from starts[c] to starts[c + 1]; states [C] uint32, ids [C] int64.
 
+    lut: [n, 2^bits] of `tables.slots`.
     Returns symbols [tokens, C] uint8, used [C] words (more than there are where a stream is cut short), states [C].
     """
     _check(starts.shape == (len(ids) + 1,), f"starts of shape {tuple(starts.shape)} for {len(ids)} channels")
     _check(states.shape == ids.shape, f"states of shape {tuple(states.shape)} for {len(ids)} channels")
-    return _decode_lanes(words, starts, states, ids, tables.lut, tables.bits, tokens)
+    return _decode_lanes(words, starts, states, ids, lut, bits, tokens)
 
 
 def lanes_per_program(channels: int) -> int:
@@ -278,7 +284,7 @@ def _run_decode(
         place = (starts_[first : last + 1] - a, lengths_[first:last], ids_[first:last], width_)
         part = out_[a:b]
         count = where[s + 1] - where[s]
-        read = cpu.decode(words_[where[s] :], count, ends_[s], *place, lut_, values_, bits, part)
+        read = cpu.decode(words_[where[s] :], count, ends_[s], *place, lut_, values_, SPREAD, bits, part)
         put = cpu.fill(part, *place, escapes_[escape_at[s] : escape_at[s + 1]]) if read >= 0 else -1
         found.append((read, put))
     used, filled = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).unbind(1)
@@ -315,7 +321,7 @@ def _run_decode_exact(
     rows_, where, read = streams.tolist(), word_starts.tolist(), []
     ends_ = ends.copy_(states).numpy()
     for s, (first, last) in enumerate(pairwise(rows_)):
-        part = (freq_[first:last], length, out_[first:last])
+        part = (freq_[first:last], length, SPREAD, out_[first:last])
         read.append(cpu.decode_exact(words_[where[s] :], where[s + 1] - where[s], ends_[s], *part))
     return out, torch.tensor(read, dtype=torch.int64), ends
 

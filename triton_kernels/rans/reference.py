@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-LOW = 1 << 16
+LOW, ESCAPE = 1 << 16, 255
+MISSING, MISSING_BYTE = -32768, -128
+"""What a decoded escape reads before its value is filled in, and its low byte in a look-up table; never a value."""
 
 
 def encode_lane_reference(symbols: list[int], freq: list[int], cum: list[int], bits: int) -> tuple[list[int], int]:
