@@ -10,14 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-import numba as nb
 import numpy as np
+import torch
 
 from lmcache_blend.errors import LMCacheBlendError
+from lmcache_blend.triton_kernels import tables as ops
+from lmcache_blend.triton_kernels.rans import DecodeTables, EncodeTables
+from lmcache_blend.triton_kernels.rans.reference import ESCAPE, MISSING, MISSING_BYTE
+from lmcache_blend.triton_kernels.tables import normalise
 
-ESCAPE, MAP_SIZE, REACH = 255, 1024, 127
-MISSING, MISSING_BYTE = -32768, -128
-"""What a decoded escape reads before its value is filled in, and its low byte in Tables.direct; never a value."""
+MAP_SIZE, REACH = 1024, 127
 BANK_SIZE, RATIO = 96, 1.1120069120453122
 """Means of the built-in tables rise by this from one to the next."""
 BANK_DIGEST = "e484f611fd77d9c3a8ec6261260e0e308561463a4bf63682647baad89e396a94"
@@ -49,7 +51,7 @@ class Tables:
     @cached_property
     def lut(self) -> np.ndarray:
         """[n, 2^bits] uint32 by slot: frequency - 1 (12 bits), slot - cum (12), symbol (8)."""
-        return _slots(self.freq, self.bits)
+        return ops.slots(torch.from_numpy(self.freq), self.bits).numpy()
 
     @cached_property
     def direct(self) -> np.ndarray:
@@ -69,6 +71,18 @@ class Tables:
             out[i, _code(self.values[i, used], int(self.width[i]), int(self.reach[i]))] = used
         return out
 
+    @cached_property
+    def for_encode(self) -> EncodeTables:
+        """What the operator `rans.encode` takes."""
+        parts = (self.width, self.reach, self.map, self.freq, self.cum)
+        return EncodeTables(self.bits, *(torch.from_numpy(np.ascontiguousarray(x)) for x in parts))
+
+    @cached_property
+    def for_decode(self) -> DecodeTables:
+        """What the operator `rans.decode` takes."""
+        parts = (self.width, self.direct, self.values)
+        return DecodeTables(self.bits, *(torch.from_numpy(np.ascontiguousarray(x)) for x in parts))
+
     def choose(self, q: np.ndarray) -> np.ndarray:
         """[R, T] int16 -> [R] uint8: the table that codes each row shortest."""
         counts = histogram(q, REACH)
@@ -76,10 +90,8 @@ class Tables:
 
 
 def histogram(q: np.ndarray, reach: int) -> np.ndarray:
-    """[R, T] -> [R, 2 reach + 1] float32 counts of -reach..reach, larger values counted at the ends."""
-    rows, span = len(q), 2 * reach + 1
-    index = np.clip(q, -reach, reach).astype(np.int64) + reach + span * np.arange(rows)[:, None]
-    return np.bincount(index.ravel(), minlength=rows * span).reshape(rows, span).astype(np.float32)
+    """[R, T] int16 -> [R, 2 reach + 1] float32 counts of -reach..reach, larger values counted at the ends."""
+    return ops.histogram(torch.from_numpy(q), reach).numpy()
 
 
 def bank(pmfs: Iterable[np.ndarray]) -> Tables:
@@ -140,26 +152,7 @@ def tables_from(freq: np.ndarray, first: int, bits: int, escape: np.ndarray | No
 
 def exact(counts: np.ndarray, bits: int) -> Tables:
     """One table per row of counts [n, A], A <= 255, of the values 0..A-1, at width 1; every counted value is coded."""
-    freq = [normalise(row, bits) for row in counts]
-    return tables_from(np.stack(freq) if freq else np.zeros(counts.shape, np.uint16), 0, bits)
-
-
-def normalise(p: np.ndarray, bits: int) -> np.ndarray:
-    """Weights [n] >= 0 -> integers that sum to 2^bits, at least 1 where the weight is not 0."""
-    total, p = 1 << bits, np.asarray(p, np.float64)
-    if not p.any():
-        p = np.eye(1, len(p))[0]
-    ideal = p / p.sum() * total
-    out = np.where(p > 0, np.maximum(1, np.floor(ideal)), 0).astype(np.int64)
-    while (left := total - int(out.sum())) != 0:
-        # One unit more shortens the code by p log(1 + 1/f), one less lengthens it by p log(f / (f - 1)).
-        if left > 0:
-            gain = np.where(p > 0, p * np.log1p(1 / np.maximum(out, 1)), -1)
-            out[np.argsort(-gain, kind="stable")[: min(left, int((p > 0).sum()))]] += 1
-        else:
-            loss = np.where(out > 1, -p * np.log1p(-1 / np.maximum(out, 2)), np.inf)
-            out[np.argsort(loss, kind="stable")[: min(-left, int((out > 1).sum()))]] -= 1
-    return out.astype(np.uint16)
+    return tables_from(ops.frequencies(torch.from_numpy(counts.astype(np.float64)), bits).numpy(), 0, bits)
 
 
 def _table(pmf: np.ndarray, width: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -204,17 +197,3 @@ def _laplace(mean: float) -> np.ndarray:
     s = ((1 + 4 * mean * mean) ** 0.5 - 1) / (2 * mean)
     tail = np.cumprod(np.append(s, np.full(REACH - 1, s * s))) * ((1 - s * s) / 2)
     return np.concatenate((tail[::-1], [1 - s], tail))
-
-
-@nb.njit(nogil=True, cache=True)
-def _slots(freq, bits):
-    """Tables.lut: by slot, frequency - 1 (12 bits), slot - cum (12), symbol (8)."""
-    out = np.empty((len(freq), 1 << bits), np.uint32)
-    for i in range(len(freq)):
-        at = 0
-        for s in range(256):
-            f = np.int64(freq[i, s])
-            for k in range(f):
-                out[i, at] = ((f - 1) << 20) | (k << 8) | s
-                at += 1
-    return out

@@ -1,4 +1,4 @@
-"""The command line: `lmcache-blend run`, `report`, `codec`, `calc`, `engine`, `store` and `ls`.
+"""The command line: `lmcache-blend run`, `report`, `codec`, `calc`, `engine`, `kernels`, `store` and `ls`.
 
 Exit status: 0 done; 2 bad arguments or input (one line on stderr, no traceback); 130 interrupted; 1 else.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lmcache_blend import cli_calc, cli_codec, cli_engine, cli_store, errors
+from lmcache_blend import cli_calc, cli_codec, cli_engine, cli_kernels, cli_store, errors
 
 BAD_INPUT = (
     errors.ConfigError,
@@ -128,6 +128,7 @@ def parser() -> Parser:
     cli_calc.add_commands(commands, _write_json)
     cli_engine.add_commands(commands, _write_json)
     cli_store.add_commands(commands, _write_json)
+    cli_kernels.add_commands(commands, _write_json)
 
     ls = commands.add_parser("ls", help="what is registered", description="Names of tasks, methods, codecs or tiers.")
     ls.set_defaults(command=_ls)

@@ -71,6 +71,10 @@ class TierError(LMCacheBlendError, OSError):
     """A tier that an administrator asked about does not answer."""
 
 
+class KernelError(LMCacheBlendError, RuntimeError):
+    """A kernel breaks a rule of the compile gate, or its result differs from its reference."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """One phrase that helps with a misspelt name: the nearest known one, or the whole list."""
     known = sorted(known)

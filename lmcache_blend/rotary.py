@@ -10,35 +10,13 @@ attention scaling that yarn and longrope bake into their tables, so pre-RoPE key
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
+from lmcache_blend.triton_kernels.rotation import rotate as rotate_dims
+from lmcache_blend.types import RotarySlice, Turn
 
-@dataclass(frozen=True)
-class RotarySlice:
-    """The rotating part of one layer's cached pair (k, v).
-
-    slot: 0 if it lies in the first tensor, 1 in the second (MLA: the rope key beside the latent). start, stop: the
-    dims that turn (partial rotary). pairing: "half" pairs dim i with i + R/2 (neox), "interleaved" 2i with 2i + 1
-    (gptj). angles: where the R/2 distinct angles stand in the model's cos and sin: their first "half", every second
-    ("stride"), or "all" of it. source: which of the replayed tables feeds the layer.
-    """
-
-    slot: int
-    start: int
-    stop: int
-    pairing: Literal["half", "interleaved"]
-    angles: Literal["half", "stride", "all"]
-    source: int
-
-
-class Turn(NamedTuple):
-    """cos and sin [T, R/2], float32, of one layer at T positions."""
-
-    cos: Tensor
-    sin: Tensor
+__all__ = ["Angles", "RotarySlice", "RotaryTable", "Turn", "rotate"]
 
 
 @dataclass(frozen=True)
@@ -102,20 +80,7 @@ class Angles:
 
 def rotate(x: Tensor, turn: Turn, piece: RotarySlice, inverse: bool = False) -> Tensor:
     """Turn dims piece.start..piece.stop of x [..., T, D] by (cos, sin) [T, R/2], or back, in float32."""
-    c, s = turn
-    if inverse:
-        norm = c * c + s * s
-        c, s = c / norm, -s / norm
-    part = x[..., piece.start : piece.stop].float()
-    if piece.pairing == "half":
-        a, b = part.chunk(2, -1)
-        turned = torch.cat((a * c - b * s, b * c + a * s), -1)
-    else:
-        a, b = part[..., ::2], part[..., 1::2]
-        turned = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
-    y = x.clone()
-    y[..., piece.start : piece.stop] = turned.to(x.dtype)
-    return y
+    return rotate_dims(x, turn.cos, turn.sin, piece.start, piece.pairing == "interleaved", inverse)
 
 
 def _cos_sin(output: object) -> tuple[Tensor, Tensor]:

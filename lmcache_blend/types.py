@@ -5,7 +5,7 @@ Words: L layers, T tokens of a prompt, B prompts in a batch, N chosen rows, H KV
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -91,6 +91,31 @@ class KVChunk:
         """Per layer (H, Dk, H', Dv), without waiting for layers that are on their way."""
         known = getattr(self.layers, "shapes", None)
         return known or tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2]) for k, v in self.layers)
+
+
+@dataclass(frozen=True)
+class RotarySlice:
+    """The rotating part of one layer's cached pair (k, v).
+
+    slot: 0 if it lies in the first tensor, 1 in the second (MLA: the rope key beside the latent). start, stop: the
+    dims that turn (partial rotary). pairing: "half" pairs dim i with i + R/2 (neox), "interleaved" 2i with 2i + 1
+    (gptj). angles: where the R/2 distinct angles stand in the model's cos and sin: their first "half", every second
+    ("stride"), or "all" of it. source: which of the replayed tables feeds the layer.
+    """
+
+    slot: int
+    start: int
+    stop: int
+    pairing: Literal["half", "interleaved"]
+    angles: Literal["half", "stride", "all"]
+    source: int
+
+
+class Turn(NamedTuple):
+    """cos and sin [T, R/2], float32, of one layer at T positions."""
+
+    cos: Tensor
+    sin: Tensor
 
 
 class KVView(Protocol):

@@ -10,7 +10,7 @@ from lmcache_blend.blend import Blender
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.hf import intercept
 from lmcache_blend.hf.dense import DenseKV, KVPool
-from lmcache_blend.triton_kernels.attention import attention_weights, row_attention, row_attention_reference
+from lmcache_blend.triton_kernels.attention import row_attention, row_attention_mass, row_attention_reference
 from lmcache_blend.types import Prompt
 
 POOL = KVPool(((1, 2, 1, 2),), torch.float32, torch.device("cpu"))
@@ -60,12 +60,15 @@ def test_row_attention_equals_reference(rows_of, heads, block):
     mask = torch.zeros(len(rows), 1, rows.shape[1], length)
     mask.masked_fill_(torch.arange(length) > rows[:, None, :, None], torch.finfo(torch.float32).min)
     want = row_attention_reference(q, k, v, mask, 0.3)
-    got = row_attention(q, k, v, mask, rows.max(0).values.tolist(), 0.3, block)
-    out, weights = attention_weights(q, k, v, mask, 0.3)
+    last = rows.max(0).values.tolist()
+    got = row_attention(q, k, v, mask, last, 0.3, block)
+    out, mass = row_attention_mass(q, k, v, mask, last, 0.3)
     for x in (got, out):
         assert (x - want).square().mean().sqrt() / want.square().mean().sqrt() < 1e-5
-    assert torch.allclose(weights.sum(-1), torch.ones(1), atol=1e-5)
-    assert weights[mask.expand_as(weights) < 0].abs().max() == 0 if (mask < 0).any() else True
+    every = torch.eye(length).expand(len(rows), h, length, length)  # as values: the output is the weights
+    weights = row_attention_reference(q, k, every, mask, 0.3)
+    assert torch.allclose(mass.double(), weights.mean(2), atol=1e-5)
+    assert torch.all(mass[(mask < 0).all(2).expand_as(mass)] == 0), "nobody attends to what no row may see"
 
 
 @given(

@@ -5,12 +5,14 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache_blend.codecs import rans, rans_avx2
-from lmcache_blend.codecs.tables import ESCAPE, REACH, Tables, bank, exact, histogram, laplace_bank, normalise
+from lmcache_blend.codecs import rans
+from lmcache_blend.codecs.tables import ESCAPE, MISSING, REACH, Tables, bank, exact, histogram, laplace_bank, normalise
 from lmcache_blend.errors import CorruptChunkError
+from lmcache_blend.triton_kernels.rans import avx2, cpu
 
 BANK = laplace_bank()
 EXTREMES = (-32767, 32767, -128, 127, 128, -127, REACH + 1, 0)
@@ -50,7 +52,7 @@ def test_any_rows_come_back_with_any_tables(q, tables, data):
     assert np.array_equal(rans.decode_reference(stream, ids, q.shape[1], tables), q)
 
 
-@pytest.mark.skipif(not rans_avx2.available(), reason="this processor has no AVX2")
+@pytest.mark.skipif(not avx2.available(), reason="this processor has no AVX2")
 @pytest.mark.parametrize("width", [0, 1, 2, 4])
 def test_the_avx2_loop_does_what_the_portable_one_does(width):
     rng = np.random.default_rng(width)
@@ -59,10 +61,10 @@ def test_the_avx2_loop_does_what_the_portable_one_does(width):
     states = rng.integers(1 << 16, 1 << 32, rans.LANES).astype(np.uint32)
     for count in (0, 40, 3000):  # the first two run dry
         seen = []
-        for loop in (rans._portable_blocks, rans_avx2.decode_blocks):
+        for loop in (cpu.portable_blocks, avx2.decode_blocks):
             x, out = states.copy(), np.zeros(64 * 32 * max(width, 1), np.int16)
             luts = (BANK.direct if width else BANK.lut)[table]
-            at = loop(words, 7, count, x, luts, BANK.values[table], rans_avx2.SPREAD, 12, width, 64, out)
+            at = loop(words, 7, count, x, luts, BANK.values[table], avx2.SPREAD, 12, width, 64, out)
             seen.append((at, x.tolist() if at >= 0 else None, out.tolist() if at >= 0 else None))
         assert seen[0] == seen[1]
     assert seen[0][0] > 7
@@ -238,12 +240,12 @@ def test_tables_are_sound():
     for tables in (BANK, exact(np.arange(1, 8)[None].repeat(3, 0), 8)):
         assert (tables.freq.sum(1, dtype=int) == 1 << tables.bits).all()
         assert tables.freq.max(initial=0) <= 4096
-        assert (tables.values[:, ESCAPE] == rans.MISSING).all()
+        assert (tables.values[:, ESCAPE] == MISSING).all()
         assert set(tables.width) <= {1, 2, 4}
         for freq, values, width in zip(tables.freq, tables.values, tables.width, strict=True):
             used = values[np.flatnonzero(freq[:ESCAPE]), :width]
             assert len(np.unique(used, axis=0)) == len(used), "two symbols stand for the same values"
-            assert not (used == rans.MISSING).any()
+            assert not (used == MISSING).any()
 
 
 def test_the_built_in_bank_is_frozen():
@@ -252,3 +254,22 @@ def test_the_built_in_bank_is_frozen():
     for part, kind in ((BANK.freq, "<u2"), (BANK.width, "u1"), (BANK.values, "<i2")):
         digest.update(part.astype(kind).tobytes())
     assert digest.hexdigest() == "e484f611fd77d9c3a8ec6261260e0e308561463a4bf63682647baad89e396a94"
+
+
+@settings(max_examples=40, deadline=None)
+@given(planes=st.lists(symbols().filter(len), min_size=1, max_size=4), device=st.just(torch.device("cpu")))
+def test_a_batch_has_the_bytes_of_single_streams(planes, device):
+    padded = [np.pad(q, ((0, 0), (0, -q.shape[1] % 4))).ravel() for q in planes]
+    ids, lengths = [BANK.choose(q) for q in planes], [np.full(len(q), q.shape[1]) for q in planes]
+    flat = torch.from_numpy(np.concatenate(padded)).to(device)
+    streams = rans.encode_batch(flat, lengths, ids, BANK)
+    assert streams == [rans.encode(q, i, BANK) for q, i in zip(planes, ids, strict=True)]
+    out = rans.decode_batch(streams, lengths, ids, BANK, device).cpu().numpy()
+    at = 0
+    for q, part in zip(planes, padded, strict=True):
+        assert np.array_equal(out[at : at + len(part)].reshape(len(q), -1)[:, : q.shape[1]], q)
+        at += len(part)
+    if at:
+        cut = [*streams[:-1], streams[-1][:-2]]
+        with pytest.raises(CorruptChunkError):
+            rans.decode_batch(cut, lengths, ids, BANK, device)

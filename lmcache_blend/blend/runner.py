@@ -23,9 +23,9 @@ class Plan:
 
     rows: per prompt [N] int64, ascending. checks: layer -> chooser(layer, rows [B, N], fresh k, v [B, H, N, D]) ->
     ascending indices [B, M] of the rows that go on. hidden: [T] bool, positions that no row may see (a probe leaves
-    out text that has no KV yet). tap: sees (layer, attention weights [B, Hq, N, T], values [B, H, T, Dv]); with
-    stop_at, the forward ends after that layer's attention and gives no logits. observer: sees (layer, b, rows [N] of
-    prompt b, fresh k, v [H, N, D], K, V buffers [H, capacity, D]) before each write.
+    out text that has no KV yet). tap: sees (layer, attention that each token gets [B, Hq, T], mean over the rows,
+    values [B, H, T, Dv]); with stop_at, the forward ends after that layer's attention and gives no logits. observer:
+    sees (layer, b, rows [N] of prompt b, fresh k, v [H, N, D], K, V buffers [H, capacity, D]) before each write.
     """
 
     rows: Sequence[Tensor]

@@ -10,6 +10,7 @@ from torch import Tensor
 from lmcache_blend.blend.policies import RowPolicy, Signals
 from lmcache_blend.blend.runner import Chooser, ModelRunner, Plan
 from lmcache_blend.rotary import Angles
+from lmcache_blend.triton_kernels.selection import squared_deviation, top_rows
 from lmcache_blend.types import Prompt, Trace
 
 
@@ -23,8 +24,7 @@ def base_signals(prompt: Prompt, candidate: Tensor) -> Signals:
 
 def top(scores: Tensor, candidate: Tensor, count: int) -> Tensor:
     """Ascending positions of the `count` candidates [T] bool with the highest scores; of equal ones the first."""
-    masked = torch.where(candidate, scores.float().cpu(), -torch.inf)
-    return masked.argsort(descending=True, stable=True)[: min(count, int(candidate.sum()))].sort().values
+    return top_rows(scores.cpu(), candidate, min(count, int(candidate.sum())))
 
 
 class Probe:
@@ -34,10 +34,10 @@ class Probe:
         self.attention: list[Tensor] = [torch.empty(0)] * layers
         self.norms: list[Tensor] = [torch.empty(0)] * layers
 
-    def __call__(self, layer: int, weights: Tensor, v: Tensor) -> None:
-        self.attention[layer] = weights[0].float().mean(1)
+    def __call__(self, layer: int, mass: Tensor, v: Tensor) -> None:
+        self.attention[layer] = mass[0]
         norm = torch.linalg.vector_norm(v[0], dim=-1, dtype=torch.float32)
-        self.norms[layer] = norm.repeat_interleave(weights.shape[1] // norm.shape[0], 0)
+        self.norms[layer] = norm.repeat_interleave(mass.shape[1] // norm.shape[0], 0)
 
     def fill(self, signals: Signals) -> None:
         signals.attention = torch.stack(self.attention).cpu()
@@ -69,13 +69,9 @@ class Deviation:
     def __call__(self, layer: int, rows: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor) -> None:
         which = self.reused[rows.cpu()].nonzero().flatten().to(rows.device)
         if len(which):
-            at = rows[which]
-            relative = sum(
-                (new[:, which].float() - old[:, at].float()).square().sum((0, 2)).sqrt()
-                / new[:, which].float().square().sum((0, 2)).sqrt().clamp_min(1e-9)
-                for new, old in ((k, old_k), (v, old_v))
-            )
-            self.table[layer, at.cpu()] = relative.cpu()  # type: ignore[union-attr]
+            sums = [squared_deviation(new, old, rows)[:, which] for new, old in ((k, old_k), (v, old_v))]
+            relative = sum(distance.sqrt() / energy.sqrt().clamp_min(1e-9) for distance, energy in sums)
+            self.table[layer, rows[which].cpu()] = relative.cpu()  # type: ignore[union-attr]
 
 
 @dataclass
@@ -135,7 +131,5 @@ def _distance(new: Tensor, buffer: Tensor, rows: Tensor, tokens: int) -> tuple[T
     Rows that a batch repeats to fill up count once.
     """
     at, table = rows.cpu(), torch.zeros(2, tokens)
-    new = new.float()
-    table[0, at] = (new - buffer[:, rows].float()).square().sum((0, 2)).cpu()
-    table[1, at] = new.square().sum((0, 2)).cpu()
+    table[:, at] = squared_deviation(new, buffer, rows).cpu()
     return table[0], float(table[1].sum() / len(at.unique())) or 1e-12

@@ -23,7 +23,7 @@ from transformers.masking_utils import causal_mask_function
 
 from lmcache_blend.blend.runner import Chooser, Observer, Tap
 from lmcache_blend.hf.dense import DenseKV, stacked
-from lmcache_blend.triton_kernels.attention import attention_weights, row_attention
+from lmcache_blend.triton_kernels.attention import row_attention, row_attention_mass
 
 NAME = "lmcache_blend"
 CURRENT: ContextVar["Forward | None"] = ContextVar("lmcache_blend_forward", default=None)
@@ -207,23 +207,25 @@ def rows_attention(
     special = any(x is not None and key not in _HARMLESS for key, x in kwargs.items())
     if attention_mask is None and not (forward.full and not special and forward.tap is None):
         attention_mask = forward.causal_mask(q.dtype)
+    mass = None
     if special:  # softcap, sinks, biases: the model's own formula
         eager = sys.modules[type(module).__module__].eager_attention_forward
         out, weights = eager(module, q, k, v, attention_mask, scaling=scaling, **{**kwargs, "dropout": 0.0})
+        if forward.tap is not None and weights is not None:
+            mass = weights[..., : k.shape[2]].float().mean(2)
     elif forward.tap is not None:
         assert attention_mask is not None
-        out, weights = attention_weights(q, k, v, attention_mask, scaling)
+        out, mass = row_attention_mass(q, k, v, attention_mask, forward.last, scaling)
         out = out.transpose(1, 2)
     else:
-        weights = None
         if attention_mask is None:
             gqa = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
         else:
             out = row_attention(q, k, v, attention_mask, forward.last, scaling)
         out = out.transpose(1, 2).contiguous()
-    if forward.tap is not None and weights is not None:
-        forward.tap(layer, weights[..., : k.shape[2]], v)
+    if forward.tap is not None and mass is not None:
+        forward.tap(layer, mass, v)
         if forward.stop_at == layer:
             raise Stop
     return out, None

@@ -2,10 +2,12 @@
 
 from torch import Tensor
 
-from lmcache_blend.rotary import RotarySlice, Turn, rotate
+from lmcache_blend.triton_kernels.rotation.reference import rotate_reference
+from lmcache_blend.types import RotarySlice, Turn
 
 
 def place_reference(target: Tensor, source: Tensor, start: int, turn: Turn | None, piece: RotarySlice | None) -> None:
     """Write source [H, n, D] (pre-RoPE) into target [H, T, D] at start, turned by (cos, sin) [n, R/2] if given."""
-    turned = source if turn is None or piece is None else rotate(source, turn, piece)
-    target[:, start : start + source.shape[1]].copy_(turned)
+    if turn is not None and piece is not None:
+        source = rotate_reference(source, turn.cos, turn.sin, piece.start, piece.pairing == "interleaved")
+    target[:, start : start + source.shape[1]].copy_(source)

@@ -2,7 +2,7 @@
 
 Numba does not vectorise a loop whose lanes draw from one stream. Here the step is written in LLVM's own vector types:
 look-ups are gathers, and the words that the lanes of a vector need are spread by a permutation that their mask names
-(Giesen, arXiv 1402.3392, section 5). On processors without AVX2 rans.py's loop does the work.
+(Giesen, arXiv 1402.3392, section 5). On processors without AVX2 cpu.py's loop does the work.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-from lmcache_blend.codecs.tables import MISSING, MISSING_BYTE
+from lmcache_blend.triton_kernels.rans.reference import MISSING, MISSING_BYTE
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 V8, V4L = ir.VectorType(I32, 8), ir.VectorType(I64, 4)

@@ -1,10 +1,10 @@
-"""Placing on CPU in float32: one pass of numba code instead of six passes of torch operators (7 times faster)."""
+"""Rotation on CPU in float32: one pass of numba code instead of six passes of torch operators (7 times faster)."""
 
 import numba
 
 
 @numba.njit(nogil=True, fastmath=False, cache=True)
-def place_f32(target, source, start, cos, sin, first, interleaved):
+def turn_f32(target, source, start, cos, sin, first, interleaved):
     """target [H, T, D], source [H, n, D], cos and sin [n, R/2]; dims first..first+R turn, the others are copied."""
     heads, n, dim = source.shape
     half = cos.shape[1]
