@@ -3,9 +3,6 @@
 An engine makes one TierMetrics per tier. Two of the same tier name count into the same series.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, get_args
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
@@ -17,8 +14,6 @@ Direction = Literal["read", "write"]
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
-LOOKUP_TOKENS = Counter("lmcache_blend_lookup_tokens", "Tokens of prompts that were looked up")
-HIT_TOKENS = Counter("lmcache_blend_hit_tokens", "Tokens found at lookup: exact prefix, or reused segment", ["kind"])
 HITS = Counter("lmcache_blend_hits", "Chunks loaded and verified", ["tier"])
 MISSES = Counter("lmcache_blend_misses", "Chunks not served, by cause", ["tier", "cause"])
 BYTES = Counter("lmcache_blend_transfer_bytes", "Bytes moved, as stored", ["tier", "direction"])
@@ -61,24 +56,6 @@ class TierMetrics:
         self._bytes[direction].inc(nbytes)
         self._seconds[direction].observe(seconds)
 
-    @contextmanager
-    def transfer(self, direction: Direction, nbytes: int = 0) -> Iterator["Transfer"]:
-        """Times a transfer and counts it in the queue; set `nbytes` on what it yields where known only at the end.
-
-        An exception that leaves the block is counted by its class and raised on.
-        """
-        running, start = Transfer(nbytes), time.perf_counter()
-        self._queue.inc()
-        try:
-            yield running
-        except Exception as error:
-            running.nbytes = 0
-            self.error(error)
-            raise
-        finally:
-            self._queue.dec()
-            self.moved(direction, running.nbytes, time.perf_counter() - start)
-
     def queued(self, change: int) -> None:
         """More (or, below 0, fewer) operations waiting or running."""
         self._queue.inc(change)
@@ -98,13 +75,6 @@ class TierMetrics:
     def holds(self, nbytes: int, chunks: int) -> None:
         self._used.set(nbytes)
         self._chunks.set(chunks)
-
-
-class Transfer:
-    """A running transfer; nbytes is what it moved."""
-
-    def __init__(self, nbytes: int):
-        self.nbytes = nbytes
 
 
 def exposition() -> bytes:

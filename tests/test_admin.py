@@ -207,16 +207,13 @@ def api(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("kv"), free_port()
     with KVEngine(tiers=[{"tier": "cpu", "capacity_bytes": 1 << 24}, {"tier": "disk", "path": str(folder)}]) as engine:
         thread = threading.Thread(target=serve, args=(engine, TOKEN), kwargs={"port": port}, daemon=True)
-        with pytest.MonkeyPatch.context() as patch:
-            # uvicorn takes the process's signals over, which only the main thread may.
-            patch.setattr("uvicorn.Server.capture_signals", lambda self: contextlib.nullcontext())
-            thread.start()
-            end = time.monotonic() + 20
-            while time.monotonic() < end:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                    break
-                time.sleep(0.05)
-            yield Api(engine, port)
+        thread.start()
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield Api(engine, port)
 
 
 @pytest.fixture(autouse=True)
