@@ -67,7 +67,7 @@ def _example(axis: str, group: int, bits: int, pairing: str, kernel: str) -> lis
             run=dequantise,
             reference=_dequantise_reference,
             tolerance=2.5e-3,
-            streaming=("dequantise_groups" if pairing == "none" else "dequantise_pairs",),
+            streaming=(f"dequantise_{kernel}",),
             rivals={
                 "torch": lambda q, step, zero, axis, *rest: dequantise_reference(q, step, zero, axis == "token", *rest)
             },

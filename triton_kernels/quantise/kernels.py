@@ -120,24 +120,37 @@ def group_statistics(
 @triton.jit
 def dequantise_groups(
     q, steps, zeros, out, tokens, dims, group, groups,
-    HALF_TOP: tl.constexpr, SYMMETRIC: tl.constexpr, AXIS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    HALF_TOP: tl.constexpr, SYMMETRIC: tl.constexpr, AXIS: tl.constexpr, SPREAD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Codes in bytes -> values. Grid: blocks of tokens, blocks of dims, heads."""
+    """Codes in bytes -> values. SPREAD: dims of a group if a tile holds whole groups (AXIS 1) or lies in one (AXIS 0),
+    else 0. Grid: blocks of tokens, blocks of dims, heads."""
     h = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     live = (t < tokens)[:, None] & (d < dims)[None, :]
-    if AXIS == 1:
-        place = (h * tokens + t)[:, None] * groups + (d // group)[None, :]
-    else:
-        place = (h * groups + t // group)[:, None] * dims + d[None, :]
     at = (h * tokens + t)[:, None] * dims + d[None, :]
-    step = tl.load(steps + place, mask=live, other=0).to(tl.float32)
+    code = tl.load(q + at, mask=live, other=0).to(tl.float32)
+    if AXIS == 1 and SPREAD > 0:
+        COUNT: tl.constexpr = BLOCK_D // SPREAD
+        g = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
+        place, kept = (h * tokens + t)[:, None] * groups + g[None, :], (t < tokens)[:, None] & (g < groups)[None, :]
+    elif AXIS == 1:
+        place, kept = (h * tokens + t)[:, None] * groups + (d // group)[None, :], live
+    elif SPREAD > 0:
+        place = (h * groups + tl.program_id(0) * BLOCK_T // group) * dims + d[None, :]
+        kept = (d < dims)[None, :]
+    else:
+        place, kept = (h * groups + t // group)[:, None] * dims + d[None, :], live
+    step = tl.load(steps + place, mask=kept, other=0).to(tl.float32)
     if SYMMETRIC:
         zero = -step * HALF_TOP
     else:
-        zero = tl.load(zeros + place, mask=live, other=0).to(tl.float32)
-    v = tl.load(q + at, mask=live, other=0).to(tl.float32) * step + zero
+        zero = tl.load(zeros + place, mask=kept, other=0).to(tl.float32)
+    if AXIS == 1 and SPREAD > 0:
+        v = tl.reshape(by_group(code, SPREAD) * step[:, :, None] + zero[:, :, None], (BLOCK_T, BLOCK_D))
+    else:
+        v = code * step + zero
     tl.store(out + at, v.to(out.dtype.element_ty), mask=live)
 
 
@@ -250,35 +263,73 @@ def quantise_pair_channels(
 
 
 @triton.jit
-def load_scales(source, at, i, mask, group, AXIS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The scales of both dims of pairs i, at the rows `at` [T]."""
-    first = 2 * i if INTERLEAVED else i
-    second = 2 * i + 1 if INTERLEAVED else HALF + i
-    if AXIS == 1:
-        first, second = first // group, second // group
-    a = tl.load(source + at[:, None] + first[None, :], mask=mask, other=0).to(tl.float32)
-    b = tl.load(source + at[:, None] + second[None, :], mask=mask, other=0).to(tl.float32)
-    return a, b
+def load_scales(source, row, i, inside, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Scales per channel of both dims of pairs i, float32: a row of D for each of `row` [T, 1]."""
+    if INTERLEAVED:
+        j = tl.arange(0, 2 * i.shape[0])
+        both = tl.load(source + row + j[None, :], mask=inside & (j < 2 * HALF)[None, :], other=0)
+        a, b = tl.split(tl.reshape(both, (row.shape[0], i.shape[0], 2)))
+    else:
+        a = tl.load(source + row + i[None, :], mask=inside & (i < HALF)[None, :], other=0)
+        b = tl.load(source + row + HALF + i[None, :], mask=inside & (i < HALF)[None, :], other=0)
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def dequantise_pair_channels(
+    q, steps, zeros, out, tokens, group, groups,
+    HALF_TOP: tl.constexpr, SYMMETRIC: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr,
+    PAIRS: tl.constexpr, ONE: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Nibbles of rotary pairs -> values, scales per channel. ONE: a tile lies in one group. Grid: tokens, heads."""
+    h = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * BLOCK_T
+    t = first + tl.arange(0, BLOCK_T)
+    i = tl.arange(0, PAIRS)
+    live = (t < tokens)[:, None] & (i < HALF)[None, :]
+    code = tl.load(q + (h * tokens + t)[:, None] * HALF + i[None, :], mask=live, other=0)
+    if ONE:
+        row = tl.full((1, 1), 0, tl.int64) + (h * groups + first // group) * 2 * HALF
+        inside = row >= 0
+    else:
+        row, inside = (h * groups + t // group)[:, None] * 2 * HALF, (t < tokens)[:, None]
+    step_a, step_b = load_scales(steps, row, i, inside, HALF, INTERLEAVED)
+    if SYMMETRIC:
+        zero_a, zero_b = -step_a * HALF_TOP, -step_b * HALF_TOP
+    else:
+        zero_a, zero_b = load_scales(zeros, row, i, inside, HALF, INTERLEAVED)
+    a = (code & 15).to(tl.float32) * step_a + zero_a
+    b = (code >> 4).to(tl.float32) * step_b + zero_b
+    store_pairs(out + (h * tokens + t) * (2 * HALF), a, b, i, t < tokens, HALF, INTERLEAVED)
 
 
 @triton.jit
 def dequantise_pairs(
-    q, steps, zeros, out, tokens, group, groups,
-    HALF_TOP: tl.constexpr, SYMMETRIC: tl.constexpr, AXIS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK_T: tl.constexpr,
+    q, steps, zeros, out, tokens, groups,
+    HALF_TOP: tl.constexpr, SYMMETRIC: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr,
+    PAIRS: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Nibbles of rotary pairs -> values. Grid: blocks of tokens, heads."""
+    """Nibbles of rotary pairs -> values, scales per token and group of GROUP dims. Grid: tokens, heads."""
     h = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     i = tl.arange(0, PAIRS)
     live = (t < tokens)[:, None] & (i < HALF)[None, :]
     code = tl.load(q + (h * tokens + t)[:, None] * HALF + i[None, :], mask=live, other=0)
-    at = (h * tokens + t) * groups if AXIS == 1 else (h * groups + t // group) * 2 * HALF
-    step_a, step_b = load_scales(steps, at, i, live, group, AXIS, HALF, INTERLEAVED)
+    WHOLE: tl.constexpr = GROUP == 2 * HALF
+    SIZE: tl.constexpr = PAIRS if WHOLE else GROUP // 2 if INTERLEAVED else GROUP
+    APART: tl.constexpr = 0 if WHOLE or INTERLEAVED else HALF // GROUP
+    k = tl.arange(0, PAIRS // SIZE)
+    place = steps + (h * tokens + t)[:, None] * groups + k[None, :]
+    kept = (t < tokens)[:, None] & (k * SIZE < HALF)[None, :]
+    step_a = tl.load(place, mask=kept, other=0).to(tl.float32)
+    step_b = tl.load(place + APART, mask=kept, other=0).to(tl.float32) if APART > 0 else step_a
     if SYMMETRIC:
         zero_a, zero_b = -step_a * HALF_TOP, -step_b * HALF_TOP
     else:
-        zero_a, zero_b = load_scales(zeros, at, i, live, group, AXIS, HALF, INTERLEAVED)
-    a = (code & 15).to(tl.float32) * step_a + zero_a
-    b = (code >> 4).to(tl.float32) * step_b + zero_b
+        base = zeros + (h * tokens + t)[:, None] * groups + k[None, :]
+        zero_a = tl.load(base, mask=kept, other=0).to(tl.float32)
+        zero_b = tl.load(base + APART, mask=kept, other=0).to(tl.float32) if APART > 0 else zero_a
+    a = by_group((code & 15).to(tl.float32), SIZE) * step_a[:, :, None] + zero_a[:, :, None]
+    b = by_group((code >> 4).to(tl.float32), SIZE) * step_b[:, :, None] + zero_b[:, :, None]
+    a, b = tl.reshape(a, (BLOCK_T, PAIRS)), tl.reshape(b, (BLOCK_T, PAIRS))
     store_pairs(out + (h * tokens + t) * (2 * HALF), a, b, i, t < tokens, HALF, INTERLEAVED)

@@ -20,6 +20,10 @@ TILE = 4096
 """Numbers of a tile: 32 a thread of 4 warps, two 128-bit loads of float16 in flight each."""
 
 
+PAIR_WARPS = 2
+"""Of tiles of pairs, so that a thread of a wave of 64 still has 16 bytes of nibbles."""
+
+
 class Statistics(NamedTuple):
     """low, high, mean float32, one of each group."""
 
@@ -161,12 +165,13 @@ def _run_quantise(
     if per_token:
         launch(
             kernels.quantise_pairs, (-(-tokens // rows), heads), x, q, step, zero, tokens, *strides, groups, 2 / top,
-            **scale, **pairs, GROUP=group, BLOCK_T=rows,
+            **scale, **pairs, GROUP=group, BLOCK_T=rows, num_warps=PAIR_WARPS,
         )  # fmt: skip
     else:
         launch(
             kernels.quantise_pair_channels, (groups, heads), x, q, step, zero, tokens, *strides, group, groups,
             2 / top, **scale, **pairs, ONCE=rows >= min(group, tokens), BLOCK_T=rows,
+            num_warps=PAIR_WARPS,
         )  # fmt: skip
     return q, step, zero
 
@@ -189,21 +194,31 @@ def _run_dequantise(
 
     out = _fake_dequantise(q, step, zero, per_token, group, bits, pairing, dtype)
     (heads, tokens, dims), groups = out.shape, step.shape[2 if per_token else 1]
-    scale = {"HALF_TOP": (1 << bits - 1) - 1, "SYMMETRIC": zero.numel() == 0, "AXIS": int(per_token)}
+    scale = {"HALF_TOP": (1 << bits - 1) - 1, "SYMMETRIC": zero.numel() == 0}
     if pairing == "none":
         columns = min(power_of_2(dims), 256)
         rows = min(max(1, TILE // columns), power_of_2(tokens))
+        whole = columns % group == 0 and power_of_2(group) == group if per_token else group % rows == 0
         launch(
             kernels.dequantise_groups, (-(-tokens // rows), -(-dims // columns), heads), q, step, zero, out, tokens,
-            dims, group, groups, **scale, BLOCK_T=rows, BLOCK_D=columns,
+            dims, group, groups, **scale, AXIS=int(per_token), SPREAD=group if whole else 0, BLOCK_T=rows,
+            BLOCK_D=columns,
         )  # fmt: skip
         return out
-    pairs = power_of_2(dims // 2)
-    rows = rows_of_pairs(tokens, pairs)
-    launch(
-        kernels.dequantise_pairs, (-(-tokens // rows), heads), q, step, zero, out, tokens, group, groups, **scale,
-        INTERLEAVED=pairing == "interleaved", HALF=dims // 2, PAIRS=pairs, BLOCK_T=rows,
-    )  # fmt: skip
+    half = dims // 2
+    pairs = {"INTERLEAVED": pairing == "interleaved", "HALF": half, "PAIRS": power_of_2(half)}
+    rows = rows_of_pairs(tokens, pairs["PAIRS"])
+    grid = (-(-tokens // rows), heads)
+    if per_token:
+        launch(
+            kernels.dequantise_pairs, grid, q, step, zero, out, tokens, groups, **scale, **pairs, GROUP=group,
+            BLOCK_T=rows, num_warps=PAIR_WARPS,
+        )  # fmt: skip
+    else:
+        launch(
+            kernels.dequantise_pair_channels, grid, q, step, zero, out, tokens, group, groups, **scale, **pairs,
+            ONE=group % rows == 0, BLOCK_T=rows, num_warps=PAIR_WARPS,
+        )  # fmt: skip
     return out
 
 
