@@ -112,7 +112,7 @@ def test_the_reference_agrees(stream):
         got = both_orders(lambda: ops.decode_lanes(*args))
     else:
         words, starts, states, *_, rows, _, t = examples.decode_args(CPU, True)
-        want = reference.decode_streams_reference(words, starts, states, rows, t.lut, t.width, t.bits)[1:]
+        want = reference.decode_streams_reference(words, starts, states, rows, t.lut, t.kind, t.bits)[1:]
         got = ops.decode(*examples.decode_args(CPU, True))
         got = (got.used, got.states)
     for a, b in zip(got, want, strict=True):
