@@ -9,8 +9,8 @@ import pydantic
 from lmcache_blend.codecs.container import array, join, split
 from lmcache_blend.codecs.entropy import SIZE, checked_size
 from lmcache_blend.codecs.quantise import finite
-from lmcache_blend.codecs.stages import EMPTY, Plane, Stage, register_stage
-from lmcache_blend.codecs.transforms import to_f16
+from lmcache_blend.codecs.stages import EMPTY, NotCodable, Plane, Stage, register_stage
+from lmcache_blend.triton_kernels.quantise import cpu
 
 
 @register_stage("grouped")
@@ -55,26 +55,20 @@ def quantise(x: np.ndarray, group: int | None, bits: int, symmetric: bool = Fals
 
     The integers are taken against the rounded zero and step, so that rounding these costs next to nothing.
     """
-    width = span(x.shape[1], group)
-    grouped = _grouped(x, width)
-    top = 2 * _half(bits) if symmetric else (1 << bits) - 1
-    if symmetric:
-        step = to_f16(np.abs(grouped).max(2) * np.float32(2 / top))
-        steps = _values(step, grouped)
-        zero, zeros = b"", -steps * (top // 2)
-    else:
-        low = grouped.min(2)
-        zero, step = to_f16(low), to_f16((grouped.max(2) - low) / top)
-        zeros, steps = _values(zero, grouped), _values(step, grouped)
-    safe = np.where(steps > 0, steps, np.inf)
-    q = np.clip(np.rint((grouped - zeros[:, :, None]) / safe[:, :, None]), 0, top).astype(np.uint8)
-    return zero, step, _flat(q, x.shape[1])
+    if not x.size:
+        empty = np.empty((len(x), -(-x.shape[1] // span(x.shape[1], group))), np.float16)
+        return b"" if symmetric else empty.tobytes(), empty.tobytes(), np.empty(x.shape, np.uint8)
+    lines = np.ascontiguousarray(x, np.float32)
+    q, step, zero = cpu.quantise(lines, span(x.shape[1], group), bits, symmetric)
+    if not (np.isfinite(step).all() and np.isfinite(zero).all()):
+        raise NotCodable
+    return zero.astype("<f2").tobytes(), step.astype("<f2").tobytes(), q
 
 
 def dequantise(q: np.ndarray, zero: np.ndarray, step: np.ndarray, group: int | None) -> np.ndarray:
     """q [R, N], zero and step [R, G] float32 -> [R, N] float32."""
-    grouped = _grouped(q, span(q.shape[1], group))
-    return _flat(grouped * step[:, :, None] + zero[:, :, None], q.shape[1])
+    scales = (np.ascontiguousarray(s, np.float32) for s in (zero, step))
+    return cpu.dequantise(np.ascontiguousarray(q), *scales, span(q.shape[1], group))
 
 
 def pack(values: np.ndarray, bits: int) -> bytes:
@@ -99,20 +93,6 @@ def unpack(data: memoryview, bits: int, shape: tuple[int, int]) -> np.ndarray:
 def _half(bits: int) -> int:
     """Largest magnitude of a symmetric integer of at least 2 bits."""
     return (1 << bits - 1) - 1
-
-
-def _grouped(x: np.ndarray, width: int) -> np.ndarray:
-    """[R, N] -> [R, G, width], the last group filled up with its last value."""
-    missing = -x.shape[1] % width
-    return (np.pad(x, ((0, 0), (0, missing)), "edge") if missing else x).reshape(len(x), -(-x.shape[1] // width), width)
-
-
-def _flat(grouped: np.ndarray, length: int) -> np.ndarray:
-    return grouped.reshape(len(grouped), grouped.shape[1] * grouped.shape[2])[:, :length]
-
-
-def _values(raw: bytes, grouped: np.ndarray) -> np.ndarray:
-    return np.frombuffer(raw, "<f2").astype(np.float32).reshape(grouped.shape[:2])
 
 
 @nb.njit(nogil=True, cache=True)

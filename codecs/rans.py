@@ -66,9 +66,7 @@ def decode_rows(data: bytes | memoryview, lengths: np.ndarray, ids: np.ndarray, 
     out = np.empty(starts[-1], np.int16)
     padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
     t = tables
-    used = cpu.decode(
-        padded, len(words), states, starts, lengths, ids, t.width, t.direct, t.values, SPREAD, t.bits, out
-    )
+    used = cpu.decode(padded, len(words), states, starts, lengths, ids, t.kind, t.direct, t.values, SPREAD, t.bits, out)
     _check_end(int(used), len(words), states)
     _check_filled(cpu.fill(out, starts, lengths, ids, tables.width, escapes), len(escapes))
     return out

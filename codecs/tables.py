@@ -54,10 +54,17 @@ class Tables:
         return ops.slots(torch.from_numpy(self.freq), self.bits).numpy()
 
     @cached_property
+    def kind(self) -> np.ndarray:
+        """[n] uint8: the width, but 0 for tables of single values that an int8 does not hold."""
+        single = self.values[:, :, 0]
+        wide = ((self.freq > 0) & (np.abs(single.astype(np.int32)) > REACH) & (single != MISSING)).any(1)
+        return np.where((self.width == 1) & wide, 0, self.width).astype(np.uint8)
+
+    @cached_property
     def direct(self) -> np.ndarray:
-        """`lut` with the value itself, an int8, in place of the symbol in the tables of width 1."""
+        """`lut` with the value itself, an int8, in place of the symbol in the tables of kind 1."""
         low = np.arange(256, dtype=np.uint32)[None].repeat(len(self), 0)
-        single = self.width == 1
+        single = self.kind == 1
         first = self.values[single, :, 0]
         low[single] = np.where(first == MISSING, MISSING_BYTE, first).astype(np.int8).view(np.uint8)
         return (self.lut & np.uint32(0xFFFFFF00)) | np.take_along_axis(low, (self.lut & 255).astype(np.int64), 1)
@@ -80,7 +87,7 @@ class Tables:
     @cached_property
     def for_decode(self) -> DecodeTables:
         """What the operator `rans.decode` takes."""
-        parts = (self.width, self.direct, self.values)
+        parts = (self.kind, self.direct, self.values)
         return DecodeTables(self.bits, *(torch.from_numpy(np.ascontiguousarray(x)) for x in parts))
 
     def choose(self, q: np.ndarray) -> np.ndarray:

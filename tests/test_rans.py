@@ -248,6 +248,17 @@ def test_tables_are_sound():
             assert not (used == MISSING).any()
 
 
+def test_values_beyond_a_byte_come_back_from_shared_tables():
+    """Tables of single values up to 254 cannot have the values themselves, int8, in their look-up entries."""
+    q = np.random.default_rng(0).integers(0, 255, (3, 700)).astype(np.int16)
+    tables, ids = exact(histogram(q - 127, 127), 12), np.arange(3)
+    stream = rans.encode(q, ids, tables)
+    assert np.array_equal(rans.decode(stream, ids, 700, tables), q)
+    assert np.array_equal(rans.decode_reference(stream, ids, 700, tables), q)
+    batch = rans.decode_batch([stream], [np.full(3, 700)], [ids], tables, torch.device("cpu"))
+    assert np.array_equal(batch.numpy().reshape(3, 700), q)
+
+
 def test_the_built_in_bank_is_frozen():
     """Chunks hold numbers of these tables: another bank reads them wrongly. Whoever changes one adds a new bank."""
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Transforms equal float64 for odd shapes, every class layout and dtype; symbols to the neighbouring integer at most."""
+"""Transforms equal float64 for odd shapes, class layouts and dtypes; symbols to the neighbouring integer at most."""
 
 import pytest
 import torch

@@ -48,7 +48,7 @@ def check(x, axis, group, bits, symmetric, pairing):
     assert error_ratio(out, exact) < TOLERANCE[x.dtype]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     x=values(),
     axis=st.sampled_from(("token", "channel")),
@@ -60,7 +60,7 @@ def test_codes_in_bytes(x, axis, group, bits, symmetric):
     check(x, axis, min(group, x.shape[2]) if axis == "token" else group, bits, symmetric, "none")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     x=values(), axis=st.sampled_from(("token", "channel")), group=st.sampled_from((0, 2, 8, 16, 64, 300)),
     symmetric=st.booleans(), pairing=st.sampled_from(("half", "interleaved")),
@@ -72,7 +72,7 @@ def test_nibbles_of_rotary_pairs(x, axis, group, symmetric, pairing):
     check(x, axis, max(group, 1), 4, symmetric, pairing)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(x=values(), axis=st.sampled_from(("token", "channel")), group=st.sampled_from((1, 33, 64, 5000)))
 def test_statistics_in_one_pass(x, axis, group):
     group = min(group, x.shape[2]) if axis == "token" else group

@@ -1,8 +1,8 @@
 """Transforms on a GPU: one matrix product with the scatter of classes and the quantiser at its ends.
 
-Symbols lie in rows by table: of coefficient r and class c, those of the class's tokens from offsets[r, c] on. Tokens are
-taken in the order of their classes, so a tile reads and writes runs of them. A symbol is an exact float16 up to 2,048,
-and beyond as exact as the KV; the step, one per token, is applied after the product.
+Symbols lie in rows by table: of coefficient r and class c, those of the class's tokens from offsets[r, c] on. Tokens
+are taken in the order of their classes, so a tile reads and writes runs of them. A symbol is an exact float16 up to
+2,048, and beyond as exact as the KV; the step, one per token, is applied after the product.
 """
 
 import triton
@@ -65,7 +65,7 @@ def analyse_tile(
     CLASSES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Symbols of (x - base) @ forward, rounded in steps of each token's class; and the largest magnitude of the tile."""
+    """Symbols of (x - base) @ forward, rounded in steps of each token's class; the largest magnitude of the tile."""
     j = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)

@@ -98,9 +98,7 @@ def _run_synthesise(
     features: Tensor, predict: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     if not on_triton(symbols, order, offsets, inverse, base, features):
-        return synthesise_reference(
-            symbols, order, bounds, offsets, steps, inverse, base, features, predict, dtype
-        )
+        return synthesise_reference(symbols, order, bounds, offsets, steps, inverse, base, features, predict, dtype)
     from lmcache_blend.triton_kernels.linear import kernels
 
     (ranks, dims), (tokens, count) = inverse.shape, features.shape

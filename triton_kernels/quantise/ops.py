@@ -2,11 +2,13 @@
 
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lmcache_blend.triton_kernels.launch import launch, on_triton
 from lmcache_blend.triton_kernels.operator import operator
+from lmcache_blend.triton_kernels.quantise import cpu
 from lmcache_blend.triton_kernels.quantise.reference import (
     dequantise_reference,
     quantise_reference,
@@ -135,6 +137,11 @@ def _check_group(dims: int, axis: Axis, group: int, bits: int, pairing: Pairing)
         raise ValueError(f"group = {group}: choose {dims}, or a power of 2 from 2 on that divides {dims // 2}")
 
 
+def _in_rows(x: Tensor, per_token: bool, pairing: str) -> bool:
+    """Whether the groups are runs of numbers in memory, one byte a code."""
+    return per_token and pairing == "none" and x.is_contiguous() and x.numel() > 0
+
+
 def _rowwise(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
@@ -143,6 +150,11 @@ def _run_quantise(
     x: Tensor, per_token: bool, group: int, bits: int, symmetric: bool, pairing: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not on_triton(x):
+        if _in_rows(x, per_token, pairing) and x.dtype == torch.float32:
+            q, step, zero = cpu.quantise(x.reshape(-1, x.shape[2]).numpy(), group, bits, symmetric)
+            shape = (*x.shape[:2], -1)
+            step, zero = (torch.from_numpy(s).view(shape) if s.size else torch.from_numpy(s) for s in (step, zero))
+            return torch.from_numpy(q).view(x.shape), step, zero
         return quantise_reference(x, per_token, group, bits, symmetric, pairing)
     from lmcache_blend.triton_kernels.quantise import kernels
 
@@ -189,6 +201,12 @@ def _run_dequantise(
     q: Tensor, step: Tensor, zero: Tensor, per_token: bool, group: int, bits: int, pairing: str, dtype: torch.dtype
 ) -> Tensor:
     if not on_triton(q, step, zero):
+        if _in_rows(q, per_token, pairing) and dtype == torch.float32:
+            steps = step.reshape(-1, step.shape[2]).numpy().astype(np.float32)
+            zeros = zero.reshape(steps.shape).numpy().astype(np.float32) if zero.numel() else None
+            zeros = -steps * ((1 << bits - 1) - 1) if zeros is None else zeros
+            made = cpu.dequantise(q.reshape(-1, q.shape[2]).numpy(), zeros, steps, group)
+            return torch.from_numpy(made).view(q.shape)
         return dequantise_reference(q, step, zero, per_token, group, bits, pairing, dtype)
     from lmcache_blend.triton_kernels.quantise import kernels
 

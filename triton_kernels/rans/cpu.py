@@ -1,6 +1,7 @@
 """rANS on CPU: numba kernels over one stream, which release the GIL; avx2.py has the decoder's inner loop where it can.
 
-As everywhere, a table of width 1 has the value itself, an int8, in its look-up entries in place of the symbol.
+A table of kind 1 has the value itself, an int8, in its look-up entries in place of the symbol; kind 0 are single values
+that an int8 does not hold, kinds 2 and 4 tuples.
 """
 
 import numba as nb
@@ -103,26 +104,30 @@ blocks_of_32 = avx2.decode_blocks if avx2.available() else portable_blocks
 
 
 @nb.njit(nogil=True, cache=True, boundscheck=False)
-def decode(words, count, states, starts, lengths, ids, width, luts, values, spread, bits, out):
+def decode(words, count, states, starts, lengths, ids, kinds, luts, values, spread, bits, out):
     """Returns the number of words read, or -1 where they ran out. `words` has 32 more behind its `count`."""
     at, x = np.int64(0), states.copy()
     mask, shift = np.uint32((1 << bits) - 1), np.uint32(bits)
     for r in range(len(ids)):
-        w = np.int64(width[ids[r]])
+        kind = np.int64(kinds[ids[r]])
+        w = max(kind, 1)
         lut, val, row = luts[ids[r]], values[ids[r]], out[starts[r] : starts[r + 1]]
         steps = (lengths[r] + w - 1) // w
-        at = blocks_of_32(words, at, count, x, lut, val, spread, bits, w, steps // 32, row)
+        at = blocks_of_32(words, at, count, x, lut, val, spread, bits, kind, steps // 32, row)
         if at < 0 or at > count:
             return np.int64(-1)
         for j in range(steps // 32 * 32, steps):
             k, at = step(x, j & 31, lut, mask, shift, words, at)
-            if w == 1:
-                row[j] = BYTE_VALUES[k]
+            if kind <= 1:
+                row[j] = k if kind == 0 else BYTE_VALUES[k]
             else:
                 for place in range(w):
                     row[j * w + place] = val[k, place]
         if at > count:
             return np.int64(-1)
+        if kind == 0:
+            for j in range(steps):
+                row[j] = val[row[j], 0]
     states[:] = x
     return at
 

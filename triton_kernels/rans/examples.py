@@ -38,7 +38,7 @@ def tables() -> tuple[ops.EncodeTables, ops.DecodeTables]:
     counts, width = freq.to(torch.uint16), torch.tensor([p[0] for p in parts], dtype=torch.uint8)
     reaches = torch.tensor([p[1] for p in parts], dtype=torch.int16)
     lut = slots_reference(counts, 12).to(torch.int64)
-    # Width 1 has values for symbols: those of the third table.
+    # Kind 1 has values for symbols: those of the third table.
     byte = torch.where(lut[2] & 255 == reference.ESCAPE, -128, parts[2][3][lut[2] & 255, 0].to(torch.int64))
     lut[2] = (lut[2] & 0xFFFFFF00) | (byte & 255)
     lut = lut.to(torch.uint32)

@@ -45,7 +45,7 @@ def decode_block(x, at, bit, live, target, words, count, lut, BITS: tl.constexpr
 
 @triton.jit
 def decode_streams(
-    words, word_starts, states, streams, starts, lengths, ids, widths, luts, out, ends, used,
+    words, word_starts, states, streams, starts, lengths, ids, kinds, luts, out, ends, used,
     BITS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Symbols of each row to the first ceil(length / width) places of its part of `out`."""
@@ -58,7 +58,7 @@ def decode_streams(
     at = tl.full((), 0, tl.int32)
     for row in range(tl.load(streams + stream), tl.load(streams + stream + 1)):
         table = tl.load(ids + row)
-        width = tl.load(widths + table).to(tl.int64)
+        width = tl.maximum(tl.load(kinds + table).to(tl.int64), 1)
         steps = ((tl.load(lengths + row) + width - 1) // width).to(tl.int32)
         target = out + tl.load(starts + row) + lane
         lut = luts + (table << BITS)
@@ -157,11 +157,12 @@ def take_escapes(q, symbols, starts, lengths, ids, widths, counts, firsts, escap
 
 
 @triton.jit
-def expand_rows(symbols, starts, lengths, ids, widths, values, out, counts, BLOCK: tl.constexpr):
-    """Symbols to values, and how many values of each row are missing (escaped); those of width 1 are values already."""
+def expand_rows(symbols, starts, lengths, ids, kinds, values, out, counts, BLOCK: tl.constexpr):
+    """Symbols to values, and how many values of each row are missing (escaped); those of kind 1 are values already."""
     row = tl.program_id(0)
     table = tl.load(ids + row)
-    width = tl.load(widths + table).to(tl.int32)
+    kind = tl.load(kinds + table).to(tl.int32)
+    width = tl.maximum(kind, 1)
     start = tl.multiple_of(tl.load(starts + row), 4)
     used = ((tl.load(lengths + row) + width - 1) // width).to(tl.int32) * width
     found = tl.zeros((BLOCK,), tl.int32)
@@ -172,18 +173,18 @@ def expand_rows(symbols, starts, lengths, ids, widths, values, out, counts, BLOC
         at = (table * 256 + s.to(tl.int64)) * 4 + i % width
         single = s.to(tl.int8, bitcast=True).to(tl.int16)
         single = tl.where(single == -128, -32768, single).to(tl.int16)
-        v = tl.where(width == 1, single, tl.load(values + at, mask=live & (width > 1), other=0))
+        v = tl.where(kind == 1, single, tl.load(values + at, mask=live & (kind != 1), other=0))
         tl.store(out + start + i, v, mask=live)
         found += (live & (v == -32768)).to(tl.int32)
     tl.store(counts + row, tl.sum(found, 0).to(tl.int64))
 
 
 @triton.jit
-def put_escapes(out, starts, lengths, ids, widths, counts, firsts, ends, escapes, BLOCK: tl.constexpr):
+def put_escapes(out, starts, lengths, ids, kinds, counts, firsts, ends, escapes, BLOCK: tl.constexpr):
     """Fill the missing values of each row from escapes[firsts[row]] on; those at ends[row] or later do not exist."""
     row = tl.program_id(0)
     if tl.load(counts + row) > 0:
-        width = tl.load(widths + tl.load(ids + row)).to(tl.int32)
+        width = tl.maximum(tl.load(kinds + tl.load(ids + row)).to(tl.int32), 1)
         start = tl.load(starts + row)
         used = ((tl.load(lengths + row) + width - 1) // width).to(tl.int32) * width
         at, end = tl.load(firsts + row), tl.load(ends + row)

@@ -8,6 +8,7 @@ compares that with what the container says, on any device without a transfer in 
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,14 +44,14 @@ class EncodeTables(NamedTuple):
 
 
 class DecodeTables(NamedTuple):
-    """The decoder's part: width [n] uint8, lut [n, 2^bits] uint32, values [n, 256, 4] int16.
+    """The decoder's part: kind [n] uint8, lut [n, 2^bits] uint32, values [n, 256, 4] int16.
 
-    lut by slot: frequency - 1 (12 bits), slot - cum (12), and the symbol (8), or the value itself as an int8 (-128 for
-    the escape) in tables of width 1.
+    lut by slot: frequency - 1 (12 bits), slot - cum (12), and the symbol (8). kind: values that a symbol stands for, 2
+    or 4; a single one is kind 0, or kind 1 where the look-up entry has the value itself, an int8 (-128: the escape).
     """
 
     bits: int
-    width: Tensor
+    kind: Tensor
     lut: Tensor
     values: Tensor
 
@@ -127,7 +128,7 @@ def decode(
     _check_rows(rows)
     t = tables
     return Decoded(
-        *_decode(words, word_starts, states, escapes, escape_starts, *rows, size, t.width, t.lut, t.values, t.bits)
+        *_decode(words, word_starts, states, escapes, escape_starts, *rows, size, t.kind, t.lut, t.values, t.bits)
     )
 
 
@@ -253,7 +254,7 @@ def _fake_encode(
 
 def _run_decode(
     words: Tensor, word_starts: Tensor, states: Tensor, escapes: Tensor, escape_starts: Tensor, streams: Tensor,
-    starts: Tensor, lengths: Tensor, ids: Tensor, size: int, width: Tensor, lut: Tensor, values: Tensor, bits: int,
+    starts: Tensor, lengths: Tensor, ids: Tensor, size: int, kind: Tensor, lut: Tensor, values: Tensor, bits: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     count = streams.shape[0] - 1
     out = torch.empty(size, dtype=torch.int16, device=words.device)
@@ -264,28 +265,28 @@ def _run_decode(
         symbols = torch.empty(size, dtype=torch.uint8, device=words.device)
         found, ends = torch.empty_like(lengths), torch.empty_like(states)
         launch(
-            kernels.decode_streams, (count,), words, word_starts, states, streams, starts, lengths, ids, width, lut,
+            kernels.decode_streams, (count,), words, word_starts, states, streams, starts, lengths, ids, kind, lut,
             symbols, ends, used, BITS=bits, UNROLL=UNROLL, num_warps=1,
         )  # fmt: skip
-        launch(kernels.expand_rows, (len(ids),), symbols, starts, lengths, ids, width, values, out, found, BLOCK=BLOCK)
+        launch(kernels.expand_rows, (len(ids),), symbols, starts, lengths, ids, kind, values, out, found, BLOCK=BLOCK)
         at, stream, total = _firsts_of(found, escape_starts[:-1], streams)
         launch(
-            kernels.put_escapes, (len(ids) if len(escapes) else 0,), out, starts, lengths, ids, width, found, at,
+            kernels.put_escapes, (len(ids) if len(escapes) else 0,), out, starts, lengths, ids, kind, found, at,
             escape_starts[1:][stream], escapes, BLOCK=BLOCK,
         )  # fmt: skip
         return out, used, torch.where(total > escape_starts.diff(), -1, total), ends
     ends = states.clone()
-    n = [x.numpy() for x in (words, starts, lengths, ids, width, lut, values, escapes, out, ends)]
-    words_, starts_, lengths_, ids_, width_, lut_, values_, escapes_, out_, ends_ = n
+    n = [x.numpy() for x in (words, starts, lengths, ids, kind, lut, values, escapes, out, ends)]
+    words_, starts_, lengths_, ids_, kind_, lut_, values_, escapes_, out_, ends_ = n
     rows, where, escape_at = streams.tolist(), word_starts.tolist(), escape_starts.tolist()
-    found = []
+    width_, found = np.maximum(kind_, 1), []
     for s, (first, last) in enumerate(pairwise(rows)):
         a, b = int(starts_[first]), int(starts_[last])
-        place = (starts_[first : last + 1] - a, lengths_[first:last], ids_[first:last], width_)
+        place = (starts_[first : last + 1] - a, lengths_[first:last], ids_[first:last])
         part = out_[a:b]
         count = where[s + 1] - where[s]
-        read = cpu.decode(words_[where[s] :], count, ends_[s], *place, lut_, values_, SPREAD, bits, part)
-        put = cpu.fill(part, *place, escapes_[escape_at[s] : escape_at[s + 1]]) if read >= 0 else -1
+        read = cpu.decode(words_[where[s] :], count, ends_[s], *place, kind_, lut_, values_, SPREAD, bits, part)
+        put = cpu.fill(part, *place, width_, escapes_[escape_at[s] : escape_at[s + 1]]) if read >= 0 else -1
         found.append((read, put))
     used, filled = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).unbind(1)
     return out, used.clone(), filled.clone(), ends
@@ -293,7 +294,7 @@ def _run_decode(
 
 def _fake_decode(
     words: Tensor, word_starts: Tensor, states: Tensor, escapes: Tensor, escape_starts: Tensor, streams: Tensor,
-    starts: Tensor, lengths: Tensor, ids: Tensor, size: int, width: Tensor, lut: Tensor, values: Tensor, bits: int,
+    starts: Tensor, lengths: Tensor, ids: Tensor, size: int, kind: Tensor, lut: Tensor, values: Tensor, bits: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     used = words.new_empty(streams.shape[0] - 1, dtype=torch.int64)
     return words.new_empty(size, dtype=torch.int16), used, torch.empty_like(used), torch.empty_like(states)
