@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -113,9 +113,9 @@ def _bind(memory: np.ndarray, node: int) -> None:
 def _register(memory: np.ndarray) -> None:
     if not torch.cuda.is_available():
         raise ConfigError("pin = True needs CUDA; leave it out to pin only where CUDA is there")
-    cudart = torch.cuda.cudart()
-    code = int(cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))  # pyright: ignore[reportOptionalMemberAccess]
+    cudart: Any = torch.cuda.cudart()
+    code = int(cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
     if code:
         raise ConfigError(f"CUDA cannot pin {memory.nbytes} bytes (error {code}); take a smaller capacity_bytes")
     # The last slot may outlive the arena; its memory is unregistered when the block itself goes.
-    weakref.finalize(memory.base, cudart.cudaHostUnregister, memory.ctypes.data)  # pyright: ignore
+    weakref.finalize(memory.base, cudart.cudaHostUnregister, memory.ctypes.data)

@@ -22,7 +22,6 @@ from lmcache_blend.engine.store import Stored
 from lmcache_blend.engine.tiers.base import check_keys
 from lmcache_blend.engine.workers import Workers
 from lmcache_blend.engine.writing import Writing
-from lmcache_blend.errors import ConfigError
 from lmcache_blend.types import KVChunk
 
 AIO_THREADS = 8
@@ -69,13 +68,6 @@ class KVEngine(Operations):
     def aio(self) -> Async:
         """Every operation as a coroutine."""
         return Async(self, self._aio)
-
-    def level(self, name: str) -> Level:
-        """The tier of that name. Raises ConfigError."""
-        for level in self.levels:
-            if level.name == name:
-                return level
-        raise ConfigError(f"this engine has no tier {name!r}; it has {', '.join(x.name for x in self.levels)}")
 
     # ------------------------------------------------------------------ store
     def store(

@@ -61,7 +61,7 @@ class Keyer:
         partial: whether a shorter last chunk has a key too.
         """
         ids = np.ascontiguousarray(torch.as_tensor(tokens, dtype=torch.long).cpu().numpy(), "<u4")
-        size, raw = self.chunk_tokens, memoryview(ids).cast("B")
+        size, raw = self.chunk_tokens, ids.data.cast("B")
         end = len(ids) if partial else len(ids) - len(ids) % size
         parts = (b"prefix", self.layout.encode(), size.to_bytes(8, "little"))
         running = _seeded(self.fingerprint.encode(), self.salt.encode(), *parts)

@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lmcache_blend.codecs import Codec, get_codec
 from lmcache_blend.engine import values
+from lmcache_blend.engine.events import EventLog
 from lmcache_blend.engine.keys import TENANT_BYTES, tenant
+from lmcache_blend.engine.level import Level, Pins
 from lmcache_blend.engine.reading import read
 from lmcache_blend.engine.tiers.base import Entry, Miss, PinningTier, Usage, check_keys
-from lmcache_blend.engine.writing import Waiting
-from lmcache_blend.errors import CorruptChunkError
-
-if TYPE_CHECKING:
-    from lmcache_blend.engine.engine import KVEngine
-    from lmcache_blend.engine.level import Level
+from lmcache_blend.engine.writing import Waiting, Writing
+from lmcache_blend.errors import ConfigError, CorruptChunkError
 
 BATCH = 16
 """Chunks that are in memory at once while all of a tier are gone through."""
@@ -40,7 +38,19 @@ class Verified(NamedTuple):
 class Operations:
     """Mixin of KVEngine. Every method waits until it is done."""
 
-    def move(self: "KVEngine", keys: Sequence[bytes], source: str, target: str, keep: bool = False) -> list[bool]:
+    levels: "list[Level]"
+    pins: Pins
+    events: EventLog
+    writing: Writing
+
+    def level(self, name: str) -> Level:
+        """The tier of that name. Raises ConfigError."""
+        for level in self.levels:
+            if level.name == name:
+                return level
+        raise ConfigError(f"this engine has no tier {name!r}; it has {', '.join(x.name for x in self.levels)}")
+
+    def move(self, keys: Sequence[bytes], source: str, target: str, keep: bool = False) -> list[bool]:
         """Write chunks from one tier into another, in its codec, and delete them in the first; whether each went.
 
         keep: copy. Pinned chunks are copied, and stay.
@@ -57,15 +67,15 @@ class Operations:
         self.events.publish("moved", target, [key for key, done in zip(keys, out, strict=True) if done])
         return out
 
-    def compress(self: "KVEngine", keys: Sequence[bytes], tier: str, codec: str | dict[str, Any]) -> list[bool]:
+    def compress(self, keys: Sequence[bytes], tier: str, codec: str | dict[str, Any]) -> list[bool]:
         """Recode chunks of a tier in their place; whether each is in that codec now. Raises for an unknown codec."""
         return self._recode(keys, self.level(tier), get_codec(codec))
 
-    def decompress(self: "KVEngine", keys: Sequence[bytes], tier: str) -> list[bool]:
+    def decompress(self, keys: Sequence[bytes], tier: str) -> list[bool]:
         """Store chunks of a tier as they decode; what a codec took away does not come back."""
         return self._recode(keys, self.level(tier), None)
 
-    def _recode(self: "KVEngine", keys: Sequence[bytes], level: "Level", codec: Codec | None) -> list[bool]:
+    def _recode(self, keys: Sequence[bytes], level: Level, codec: Codec | None) -> list[bool]:
         check_keys(keys)
         out = []
         for key in keys:
@@ -76,9 +86,9 @@ class Operations:
             out.append(isinstance(done, int))
         return out
 
-    def clear(self: "KVEngine", tier: str | None = None, salt: str | None = None, force: bool = False) -> int:
+    def clear(self, tier: str | None = None, salt: str | None = None, force: bool = False) -> int:
         """Delete chunks, of one tier or of all, of one tenant or of all; how many. force: pinned ones too."""
-        self.flush()
+        self.writing.flush()
         who, deleted = None if salt is None else tenant(salt), 0
         for level in self._chosen(tier):
             keys = [e.key for e in _entries(level) if who is None or e.key[:TENANT_BYTES] == who]
@@ -92,7 +102,7 @@ class Operations:
                 self.events.publish("cleared", level.name)
         return deleted
 
-    def verify(self: "KVEngine", tier: str | None = None) -> dict[str, Verified]:
+    def verify(self, tier: str | None = None) -> dict[str, Verified]:
         """Read and decode every chunk of a tier, or of all; damaged ones are deleted."""
         out = {}
         for level in self._chosen(tier):
@@ -114,7 +124,7 @@ class Operations:
             out[level.name] = Verified(good + gone, gone)
         return out
 
-    def usage(self: "KVEngine") -> dict[str, Usage | None]:
+    def usage(self) -> dict[str, Usage | None]:
         """Bytes, chunks and capacity of each tier; None for one that does not answer."""
         out: dict[str, Usage | None] = {}
         for level in self.levels:
@@ -124,10 +134,10 @@ class Operations:
                 level.metrics.holds(found.nbytes, found.chunks)
         return out
 
-    def _chosen(self: "KVEngine", tier: str | None) -> list["Level"]:
+    def _chosen(self, tier: str | None) -> list[Level]:
         return self.levels if tier is None else [self.level(tier)]
 
-    def list(self: "KVEngine", tier: str | None = None) -> Iterator[Item]:
+    def list(self, tier: str | None = None) -> Iterator[Item]:
         """Every chunk of a tier, or of all."""
         for level in self._chosen(tier):
             pinned: Any = level.guard.ask("pinned") if isinstance(level.tier, PinningTier) else {}
@@ -136,7 +146,7 @@ class Operations:
                 yield Item(key, level.name, nbytes, modified, key in pinned or self.pins.holds(key))
 
 
-def _entries(level: "Level") -> list[Entry]:
+def _entries(level: Level) -> list[Entry]:
     """What a tier holds; nothing where it does not answer."""
     found = level.guard.ask("entries")
     out: list[Entry] = []
@@ -146,7 +156,7 @@ def _entries(level: "Level") -> list[Entry]:
     return out
 
 
-def _buffers(level: "Level", keys: Sequence[bytes]) -> Iterator[tuple[bytes, int, memoryview]]:
+def _buffers(level: Level, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int, memoryview]]:
     for key, size in zip(keys, level.lookup(keys), strict=True):
         if isinstance(size, int):
             yield key, size, memoryview(bytearray(size))

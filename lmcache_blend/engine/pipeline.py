@@ -79,7 +79,7 @@ class LayerReads:
                 continue
             slots.append(room(keys[i], size))
             rows.append(i)
-            buffers.append(memoryview(np.empty(size, np.uint8) if slots[-1] is None else slots[-1]))  # pyright: ignore
+            buffers.append((np.empty(size, np.uint8) if slots[-1] is None else slots[-1]).data)
         wanted = [keys[i] for i in rows]
         first = [b if len(b) <= WHOLE else b[: values.HEAD_GUESS] for b in buffers]
         done = level.get(wanted, first, [0] * len(rows))

@@ -51,7 +51,7 @@ def read(
                 continue
         else:
             slot = room(keys[i], size)
-            buffer = memoryview(np.empty(size, np.uint8) if slot is None else slot)  # pyright: ignore
+            buffer = (np.empty(size, np.uint8) if slot is None else slot).data
         rows.append(i)
         buffers.append(buffer)
         slots.append(slot)

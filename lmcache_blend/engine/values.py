@@ -314,7 +314,7 @@ def _ids(tokens: Tensor) -> bytes:
 def _bytes(x: Tensor) -> memoryview:
     """The tensor's memory, copied only where it is not one piece on the CPU."""
     flat = x.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:

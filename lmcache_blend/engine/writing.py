@@ -269,5 +269,4 @@ class Writing:
 
 def _view(key: bytes, slot: np.ndarray) -> KVChunk:
     """The chunk in a slot that `Blank` filled."""
-    data = memoryview(slot)  # pyright: ignore[reportArgumentType]
-    return values.parse(data, key, len(data)).chunk(data, None)
+    return values.parse(slot.data, key, slot.size).chunk(slot.data, None)

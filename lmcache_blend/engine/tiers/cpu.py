@@ -84,7 +84,7 @@ class CpuTier:
     def view(self, key: bytes) -> memoryview | None:
         """The value itself, not to be written to; stays valid for as long as someone refers to it."""
         slot = self._slots.get(key)
-        return None if slot is None else memoryview(slot)  # pyright: ignore[reportArgumentType]
+        return None if slot is None else slot.data
 
     def get(
         self, keys: Sequence[bytes], buffers: Sequence[memoryview], offsets: Sequence[int] | None = None
