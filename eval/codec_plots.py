@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from lmcache_blend.codecs import short_name
 from lmcache_blend.eval.boards import Board, Row
 from lmcache_blend.eval.codec_bench import family
-from lmcache_blend.eval.plots import MARKERS, SPARE_COLOURS, STYLE, save
+from lmcache_blend.eval.plots import MARKERS, SPARE_COLOURS, STYLE, frame, save
 from lmcache_blend.eval.results import Estimate
 from lmcache_blend.eval.writer import writing
 
@@ -120,7 +120,12 @@ def answers_figure(board: Board) -> Figure | None:
             for name, colour in palette.items():
                 own = [r for r in rows if r.results.method == method and r.results.codec["id"] == name]
                 _estimates(ax, own, metric, mark + "-", colour, f"{name}, {method}" if len(methods) > 1 else name)
-        ax.set(xlabel="bits per element", title=metric if metric != "kl" else "KL to full prefill, nats")
+        ax.set(xlabel="bits per element (log)", title=metric if metric != "kl" else "KL to full prefill, nats")
+        ax.set_xscale("log")
+        ax.set_xticks([x for x in (0.5, 1, 2, 4, 8, 16, 32) if ax.get_xlim()[0] <= x <= ax.get_xlim()[1]])
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+        frame(ax, [e.mean for r in rows if (e := getattr(r.results.metrics, metric)) is not None])
     figure.suptitle(board.title, x=0.01, ha="left", fontweight="bold")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     return figure
