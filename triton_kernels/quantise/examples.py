@@ -32,13 +32,15 @@ def _quantise_reference(x: Tensor, axis: str, *rest: Any) -> tuple:
 
 
 def _codes(device: torch.device, small: bool, axis: str, group: int, bits: int, pairing: str) -> tuple:
-    q, step, zero = quantise_reference(keys(torch.device("cpu"), small), axis == "token", group, bits, False, pairing)
-    return *(t.to(device) for t in (q, step, zero)), axis, group, bits, pairing, torch.bfloat16
+    x = keys(torch.device("cpu"), small)
+    made = (t.to(device) for t in quantise_reference(x, axis == "token", group, bits, False, pairing))
+    return *made, axis, group, bits, pairing, torch.bfloat16
 
 
-def _dequantise_reference(q: Tensor, step: Tensor, zero: Tensor, axis: str, *rest: Any) -> Tensor:
-    *settings, _ = rest
-    return dequantise_reference(q, step, zero, axis == "token", *settings, torch.float64)
+def _dequantise_reference(
+    q: Tensor, step: Tensor, zero: Tensor, axis: str, group: int, bits: int, pairing: str, _: torch.dtype
+) -> Tensor:
+    return dequantise_reference(q, step, zero, axis == "token", group, bits, pairing, torch.float64)
 
 
 def _statistics_reference(x: Tensor, axis: str, group: int) -> tuple:

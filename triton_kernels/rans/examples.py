@@ -159,10 +159,12 @@ def encode_lanes_reference(x: Tensor, ids: Tensor, t: ops.EncodeTables) -> tuple
     return tuple(v.to(x.device) for v in made)
 
 
-def decode_lanes_reference(words: Tensor, *rest: Any) -> tuple:
+def decode_lanes_reference(
+    words: Tensor, starts: Tensor, states: Tensor, ids: Tensor, lut: Tensor, bits: int, tokens: int
+) -> tuple:
     """Lane by lane."""
-    made = reference.decode_lanes_reference(*(x.cpu() if isinstance(x, Tensor) else x for x in (words, *rest)))
-    return tuple(v.to(words.device) for v in made)
+    front = (words.cpu(), starts.cpu(), states.cpu(), ids.cpu(), lut.cpu())
+    return tuple(v.to(words.device) for v in reference.decode_lanes_reference(*front, bits, tokens))
 
 
 def exact_args(device: torch.device, small: bool) -> tuple:

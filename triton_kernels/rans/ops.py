@@ -348,8 +348,8 @@ def _run_encode_lanes(
             tokens, BITS=bits, LANES=lanes, num_warps=1,
         )  # fmt: skip
         return words, firsts - torch.arange(channels, device=ids.device) * tokens, states
-    n = [x.numpy() for x in (symbols, ids, freq, cum)]
-    if not cpu.encode_lanes(*n, bits, words.numpy(), firsts.numpy(), states.numpy()):
+    made = (words.numpy(), firsts.numpy(), states.numpy())
+    if not cpu.encode_lanes(symbols.numpy(), ids.numpy(), freq.numpy(), cum.numpy(), bits, *made):
         raise ValueError("a symbol has no frequency in the table of its channel")
     return words, firsts, states
 
@@ -380,8 +380,8 @@ def _run_decode_lanes(
         )  # fmt: skip
         return out, used, ends
     ends.copy_(states)
-    n = [x.numpy() for x in (words, starts, ends, ids, lut)]
-    cpu.decode_lanes(*n, bits, out.numpy(), used.numpy())
+    made = (out.numpy(), used.numpy())
+    cpu.decode_lanes(words.numpy(), starts.numpy(), ends.numpy(), ids.numpy(), lut.numpy(), bits, *made)
     return out, used, ends
 
 
