@@ -280,5 +280,24 @@ def test_foreign_files_are_left_alone(tmp_path):
         assert (folder / "README").exists()
 
 
+def test_a_file_of_impossible_size_is_a_miss(tmp_path):
+    with KVEngine(tiers=[{"tier": "disk", "path": str(tmp_path)}]) as e:
+        e.store([key(0)], [chunk(0)], wait=True)
+        os.truncate(e.levels[0].tier._directory.path(key(0)), 1 << 42)
+        assert e.retrieve([key(0)]) == [None]
+        assert e.get(key(0)) is None
+        assert e.lookup([key(0)]).prefix == 0
+
+
+@pytest.mark.parametrize("state", [b"", b"x", b"LMCBDIR\n" + bytes(24), b"\xff" * 32, b"\0" * 4096])
+def test_a_damaged_state_file_is_counted_anew(tmp_path, state):
+    with KVEngine(tiers=[{"tier": "disk", "path": str(tmp_path)}]) as e:
+        e.store(keys(3), [chunk(i) for i in range(3)], wait=True)
+        (tmp_path / "state").write_bytes(state)
+        assert e.usage()["disk"][:2] == (sum(i.nbytes for i in e.list()), 3)
+        e.store([key(3)], [chunk(3)], wait=True)
+        assert e.usage()["disk"][:2] == (sum(i.nbytes for i in e.list()), 4)
+
+
 def test_guard_defaults_are_finite():
     assert faults.FaultConfig().timeout_s < 60

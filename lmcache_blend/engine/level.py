@@ -106,6 +106,8 @@ class Level:
     def lookup(self, keys: Sequence[bytes], leaving: bool = False) -> list[Outcome]:
         """Size of each value; a chunk that is just being evicted is absent, unless `leaving`."""
         out = self.guard.call("lookup", keys)
+        if max((o for o in out if isinstance(o, int)), default=0) > values.MAX_VALUE:
+            out = [Miss("too_large") if isinstance(o, int) and o > values.MAX_VALUE else o for o in out]
         if self._leaving and not leaving:
             out = [Miss("absent") if key in self._leaving else o for key, o in zip(keys, out, strict=True)]
         return out

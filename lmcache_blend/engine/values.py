@@ -36,6 +36,8 @@ MAGIC = b"LMCBVAL1"
 PREFIX = struct.Struct("<8s32sQII")
 ROW = struct.Struct("<QQ16s")
 DIGEST, ALIGN, MAX_META = 16, 64, 1 << 20
+MAX_VALUE = 1 << 32
+"""Bytes of a value at most: what a tier claims to hold is allocated before it can be checked."""
 HEAD_GUESS = 1 << 14
 """Bytes that hold the head and the token ids of most values, so that one read gets them."""
 
