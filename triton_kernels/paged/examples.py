@@ -146,14 +146,18 @@ def _wide_store(bits, per_token, group, piece, cache, positions, table, turn) ->
 
 def _quantised(name: str, bits: int, per_token: bool, group: int, piece: RotarySlice | None) -> list[Example]:
     options, kernel = (bits, per_token, group, piece), "tokens" if per_token else "channels"
+    # Where only some dims turn, the codes of a pair's two dims lie apart.
+    load, store = (
+        ((), ()) if piece is PARTIAL else (("scatter_quantised_kernel",), (f"gather_quantised_{kernel}_kernel",))
+    )
     return [
         Example(
             f"scatter_quantised_{name}", partial(_quantised_args, *options), partial(_run_load, *options[1:]),
-            partial(_wide_load, *options), 4e-3, _moved_load, streaming=("scatter_quantised_kernel",),
+            partial(_wide_load, *options), 4e-3, _moved_load, streaming=load,
         ),
         Example(
             f"gather_quantised_{name}", partial(_gather_args, 128, piece, "NHD"), partial(_run_store, *options),
-            partial(_wide_store, *options), 5e-3, streaming=(f"gather_quantised_{kernel}_kernel",),
+            partial(_wide_store, *options), 5e-3, streaming=store,
         ),
     ]  # fmt: skip
 

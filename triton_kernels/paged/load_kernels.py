@@ -18,28 +18,36 @@ def step_pairs(steps, head, t, first_token, i, mask, rows, D: tl.constexpr, GT: 
                SHARED: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
     """Steps (or zeros) of dims A and B of pairs i, in shapes that broadcast to the tile; groups of GT tokens, GD dims.
 
-    SHARED: the tile lies within one group of tokens.
+    Either GT or GD is 1. SHARED: the tile lies within one group of tokens.
     """
     HALF: tl.constexpr = D // 2
     if GD >= D:
         a = tl.load(steps + (head.to(tl.int64) * rows + t // GT), mask=mask, other=0.0).to(tl.float32)[:, None]
         b = a
-    else:
+    elif GD == 1:
         if SHARED:
             row = tl.full((1,), first_token // GT, tl.int32)
             there = row >= 0
         else:
             row, there = t // GT, mask
-        at = steps + (head.to(tl.int64) * rows + row) * (D // GD)
-        if GD == 1:
-            a, b = load_pairs(at, i, there, HALF, INTERLEAVED)
-        else:
-            inside = there[:, None] & (i < HALF)[None, :]
-            first = (2 * i if INTERLEAVED else i) // GD
-            second = (2 * i + 1 if INTERLEAVED else i + HALF) // GD
-            a = tl.load(at[:, None] + first[None, :], mask=inside, other=0.0).to(tl.float32)
-            b = tl.load(at[:, None] + second[None, :], mask=inside, other=0.0).to(tl.float32)
+        a, b = load_pairs(steps + (head.to(tl.int64) * rows + row) * D, i, there, HALF, INTERLEAVED)
+    else:
+        SIZE: tl.constexpr = GD // 2 if INTERLEAVED else GD  # pairs of a group
+        g = tl.arange(0, i.shape[0] // SIZE)
+        at = steps + (head.to(tl.int64) * rows + t)[:, None] * (D // GD) + g[None, :]
+        inside = mask[:, None] & (g * SIZE < HALF)[None, :]
+        a = over_pairs(tl.load(at, mask=inside, other=0.0).to(tl.float32), SIZE)
+        b = a
+        if not INTERLEAVED:
+            b = over_pairs(tl.load(at + HALF // GD, mask=inside, other=0.0).to(tl.float32), SIZE)
     return a, b
+
+
+@triton.jit
+def over_pairs(x, SIZE: tl.constexpr):
+    """[T, G] -> [T, G * SIZE], every value SIZE times."""
+    wide = tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], SIZE))
+    return tl.reshape(wide, (x.shape[0], x.shape[1] * SIZE))
 
 
 @triton.jit
