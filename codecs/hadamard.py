@@ -16,7 +16,7 @@ from lmcache_blend.codecs.entropy import Rans
 from lmcache_blend.codecs.pipeline import PipelineCodec, members
 from lmcache_blend.codecs.quantise import Uniform
 from lmcache_blend.codecs.stages import NotCodable, Plane, Stage, register_stage
-from lmcache_blend.codecs.transforms import Sinks, rows
+from lmcache_blend.codecs.transforms import Mean, Sinks, rows
 from lmcache_blend.errors import CorruptChunkError
 
 LARGEST_DIM = 1024
@@ -54,7 +54,8 @@ class HadamardStage(Stage):
 
 @codecs.register("hadamard")
 class Hadamard(PipelineCodec):
-    """Sinks in float16, the others rotated per head and coded in steps of `step` times the plane's root mean square."""
+    """Sinks in float16; the others, less their mean, rotated per head and coded in steps of `step` times the plane's
+    root mean square."""
 
     step: float = pydantic.Field(default=0.35, gt=0, le=1e3)
     """About 2.05 - log2(step) bits per element: .35 gives 3.6."""
@@ -62,7 +63,8 @@ class Hadamard(PipelineCodec):
     """First tokens kept in float16."""
 
     def stages(self, plane: Plane) -> Sequence[Stage]:
-        return (Sinks(tokens=self.sinks), HadamardStage(), Uniform(step=self.step), Rans())
+        # Key channels far from zero (Qwen2.5) would set the step of all; the published method has no such remedy.
+        return (Sinks(tokens=self.sinks), Mean(), HadamardStage(), Uniform(step=self.step), Rans())
 
 
 def largest_dim(plane: Plane) -> int:

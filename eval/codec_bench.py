@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lmcache_blend.blend.chunks import read_layers, rotated, write_chunk
 from lmcache_blend.blend.runner import Plan
-from lmcache_blend.codecs import PipelineCodec, Profile, get_codec
+from lmcache_blend.codecs import PipelineCodec, Profile, get_codec, short_name
 from lmcache_blend.codecs.container import Container
 from lmcache_blend.errors import ConfigError, CorruptChunkError, DataError
 from lmcache_blend.eval.coder_bench import bench_coders
@@ -21,6 +21,8 @@ from lmcache_blend.hf.calibrate import text_digest
 from lmcache_blend.types import KVChunk
 
 CONTINUATION = 96
+SWEPT = ("step", "budget", "bits", "level", "bits_k", "bits_v", "k_bins", "v_bins")
+"""Settings that move a codec along its curve of rate and distortion."""
 
 
 class Document:
@@ -139,6 +141,39 @@ def bench(
                 }
             )
     return rows
+
+
+def family(config: dict[str, Any]) -> str:
+    """What all settings along one codec's curve share, as a name.
+
+    >>> family({"id": "kivi", "bits_k": 2, "bits_v": 2, "sinks": 4})
+    'kivi sinks=4'
+    """
+    return short_name({k: v for k, v in config.items() if k not in SWEPT})
+
+
+def rates(rows: Sequence[dict[str, Any]], kl: float) -> dict[str, dict[str, float]]:
+    """{codec: {text: bits per element}} at a KL, log-linear between the measured settings of one codec.
+
+    Only where settings lie on both sides. "mean" is over the texts, where all have a figure.
+    """
+    families: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        families.setdefault(family(row["codec"]), {}).setdefault(row["data"], []).append(
+            (row["kl"], row["bits_per_element"])
+        )
+    out: dict[str, dict[str, float]] = {}
+    for name, texts in families.items():
+        found = {}
+        for text, points in texts.items():
+            seen, bits = np.array(sorted(points)).T
+            if seen[0] <= kl <= seen[-1] and seen[0] > 0:
+                found[text] = float(np.interp(np.log(kl), np.log(seen), bits))
+        if len(found) == len(texts):
+            found["mean"] = sum(found.values()) / len(found)
+        if found:
+            out[name] = found
+    return out
 
 
 def _timed(work: Any, repeat: int) -> tuple[float, Any]:

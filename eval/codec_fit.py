@@ -20,7 +20,7 @@ from lmcache_blend.eval.codec_bench import Document, measure
 from lmcache_blend.eval.texts import documents, windows
 from lmcache_blend.hf.calibrate import Documents, capture, fit_target
 
-STEPS = (0.35, 0.6, 1.0, 1.7, 2.8)
+STEPS = (0.35, 0.6, 1.0, 1.7, 2.8, 4.6)
 LABELS = 96
 FITTED = ("fisher_klt", "fisher_diagonal", "kvtc", "cachegen")
 

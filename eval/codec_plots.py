@@ -11,10 +11,13 @@ from matplotlib.figure import Figure
 
 from lmcache_blend.codecs import short_name
 from lmcache_blend.eval.boards import Board, Row
-from lmcache_blend.eval.plots import MARKERS, SPARE_COLOURS, STYLE, save
+from lmcache_blend.eval.codec_bench import family
+from lmcache_blend.eval.plots import MARKERS, SPARE_COLOURS, STYLE, frame, save
 from lmcache_blend.eval.results import Estimate
 from lmcache_blend.eval.writer import writing
 
+TARGET_KL = 0.005
+"""About half a percent of perplexity."""
 COLOURS = {
     "raw": "#222222",
     "lossless": "#8c8c8c",
@@ -44,16 +47,16 @@ def rate_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     texts = list(dict.fromkeys(row["data"] for row in rows))
     columns = min(2, len(texts))
     lines = -(-len(texts) // columns)
-    figure = Figure(figsize=(5.2 * columns + 2.2, 3.9 * lines), layout="constrained")
+    figure = Figure(figsize=(5.2 * columns + 2.6, 3.9 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for ax, text in zip(panels, texts, strict=False):
-        for name, colour in _colours(row["codec"]["id"] for row in rows).items():
-            own = [r for r in rows if r["data"] == text and r["codec"]["id"] == name and r["kl"] > 0]
+        for name, (colour, dashes, marker) in _looks(rows).items():
+            own = [r for r in rows if r["data"] == text and family(r["codec"]) == name and r["kl"] > 0]
             own.sort(key=lambda r: r["bits_per_element"])
             x, y = [r["bits_per_element"] for r in own], [r["kl"] for r in own]
-            ax.plot(x, y, "o-", color=colour, lw=1.3, ms=5, label=name)
+            ax.plot(x, y, ls=dashes, marker=marker, color=colour, lw=1.3, ms=5, label=name)
         ax.set(yscale="log", title=text)
-        ax.axhline(0.005, color="#999999", lw=0.8, ls=":")
+        ax.axhline(TARGET_KL, color="#999999", lw=0.8, ls=":")
     for ax in panels[len(texts) :]:
         ax.set_axis_off()
     for ax in panels[max(0, len(texts) - columns) : len(texts)]:
@@ -65,25 +68,39 @@ def rate_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def layers_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Bits per element, and relative error of K and of V, by layer; means over the texts."""
+    """Bits per element, and relative error of K and of V, by layer; means over the texts.
+
+    Of the settings of one codec, the one whose KL is nearest to TARGET_KL.
+    """
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
-    seen: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        seen.setdefault(short_name(row["codec"]), []).append(row)
-    palette = _colours(row["codec"]["id"] for row in rows)
-    used: dict[str, int] = {}
-    for name, own in seen.items():
-        kind = own[0]["codec"]["id"]
-        # Settings of one codec share its colour and differ in their dashes.
-        style = ("-", "--", ":", "-.")[used.setdefault(kind, 0) % 4]
-        used[kind] += 1
+    for name, (colour, dashes, _) in _looks(rows).items():
+        settings: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if family(row["codec"]) == name:
+                settings.setdefault(short_name(row["codec"]), []).append(row)
+        kl = {label: np.mean([r["kl"] for r in own]) for label, own in settings.items()}
+        label = min(settings, key=lambda x: abs(np.log(max(kl[x], 1e-9) / TARGET_KL)))
         for ax, field in zip(panels, ("layer_bits", "layer_error_k", "layer_error_v"), strict=True):
-            ax.plot(np.mean([r[field] for r in own], 0), style, color=palette[kind], lw=1.4, label=name)
+            line = np.mean([r[field] for r in settings[label]], 0)
+            ax.plot(line, ls=dashes, color=colour, lw=1.4, label=f"{label} (KL {kl[label]:.4f})")
     for ax, title in zip(panels, ("bits per element", "relative error of K", "relative error of V"), strict=True):
         ax.set(xlabel="layer", title=title, ylim=(0, None))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=2, fontsize=9)
+    figure.set_figheight(4.2 + 0.22 * -(-len(labels) // 2))
     return figure
+
+
+def _looks(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, Any, str]]:
+    """Colour, dashes and marker of each family of settings: the id gives the colour."""
+    palette, used, out = _colours(row["codec"]["id"] for row in rows), {}, {}
+    for row in rows:
+        kind, name = row["codec"]["id"], family(row["codec"])
+        if name not in out:
+            i = used[kind] = used.get(kind, -1) + 1
+            out[name] = (palette[kind], ("-", (0, (4, 2)), ":", (0, (5, 1, 1, 1)))[i % 4], MARKERS[i % len(MARKERS)])
+    return out
 
 
 def answers_figure(board: Board) -> Figure | None:
@@ -103,7 +120,12 @@ def answers_figure(board: Board) -> Figure | None:
             for name, colour in palette.items():
                 own = [r for r in rows if r.results.method == method and r.results.codec["id"] == name]
                 _estimates(ax, own, metric, mark + "-", colour, f"{name}, {method}" if len(methods) > 1 else name)
-        ax.set(xlabel="bits per element", title=metric if metric != "kl" else "KL to full prefill, nats")
+        ax.set(xlabel="bits per element (log)", title=metric if metric != "kl" else "KL to full prefill, nats")
+        ax.set_xscale("log")
+        ax.set_xticks([x for x in (0.5, 1, 2, 4, 8, 16, 32) if ax.get_xlim()[0] <= x <= ax.get_xlim()[1]])
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+        frame(ax, [e.mean for r in rows if (e := getattr(r.results.metrics, metric)) is not None])
     figure.suptitle(board.title, x=0.01, ha="left", fontweight="bold")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     return figure

@@ -161,10 +161,10 @@ def _scatter(
             drawstyle="steps-post",
             zorder=1,
         )
-    _frame(ax, [y if metric == "quality" else -y for _, y in points])
+    frame(ax, [y if metric == "quality" else -y for _, y in points])
 
 
-def _frame(ax: Axes, means: Sequence[float]) -> None:
+def frame(ax: Axes, means: Sequence[float]) -> None:
     """Frame the means; an interval of a few samples may be so wide that it leaves the panel."""
     if not means:
         return

@@ -88,7 +88,10 @@ def _read(path: Path) -> str:
 
 
 def _built_in() -> list[str]:
-    """Source code of the standard library, descriptions and docstrings of installed packages, generated passages."""
+    """Source code and reference manual of Python, descriptions and docstrings of installed packages, generated
+    passages."""
+    from pydoc_data.topics import topics
+
     from lmcache_blend.eval.tasks import load_task
 
     code = sorted(Path(os.__file__).parent.glob("*.py"), key=lambda p: p.name)
@@ -96,6 +99,7 @@ def _built_in() -> list[str]:
     described = sorted({d.metadata["Name"].lower(): d for d in metadata.distributions()}.items())
     prose = [str(d.metadata.json.get("description", "")) for _, d in described]
     kinds.append([t for t in prose if len(t) > 3_000])
+    kinds.append([topics[name] for name in sorted(topics) if len(topics[name]) > 6_000])
     kinds.append([_docstrings(name) for name in ("torch", "numpy", "random", "argparse", "logging", "unittest")])
     people = load_task("people_qa", None, limit=24, seed=7).samples
     kinds.append([_document({"contexts": s.contexts, "question": s.question, "answers": s.answers}) for s in people])

@@ -9,6 +9,8 @@ from typing import Any
 
 from lmcache_blend import errors
 
+KLS = (0.001, 0.005, 0.02)
+
 
 def add_commands(commands: Any, write_json: Any, list_kind: Any) -> None:
     """Add `codec` to the subparsers of the command line."""
@@ -40,6 +42,7 @@ def add_commands(commands: Any, write_json: Any, list_kind: Any) -> None:
     bench.add_argument("--codecs", required=True, type=split_specs, metavar="a,b,c", help="ids or JSON configs")
     bench.add_argument("--context-tokens", type=int, default=2048, metavar="N", help="default 2048")
     bench.add_argument("--limit", type=int, default=4, metavar="N", help="windows of each file (default 4)")
+    bench.add_argument("--repeat", type=int, default=1, metavar="N", help="time each codec N times, take the best")
     bench.add_argument("--json", metavar="OUT", help="write the rows as JSON, - for stdout (instead of the table)")
     bench.add_argument("--plots", type=Path, metavar="DIR", help="write rate_kl.png and layers.png (needs matplotlib)")
 
@@ -108,14 +111,15 @@ def _fit(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace, write_json: Any) -> None:
     from lmcache_blend.eval.codec_bench import bench
 
-    if arguments.limit < 1:
-        raise errors.ConfigError(f"limit = {arguments.limit}: at least 1 window is needed")
+    if arguments.limit < 1 or arguments.repeat < 1:
+        raise errors.ConfigError(f"limit = {arguments.limit}, repeat = {arguments.repeat}: at least 1 each")
     runner = _runner(arguments.model)
-    rows = bench(runner, arguments.data, arguments.codecs, arguments.context_tokens, arguments.limit)
+    rows = bench(runner, arguments.data, arguments.codecs, arguments.context_tokens, arguments.limit, arguments.repeat)
     if arguments.json:
         write_json(rows, arguments.json)
     if arguments.json != "-":
         print_table(rows)
+        print_rates(rows)
         print_coders(rows[0]["coders"])
     if arguments.plots:
         from lmcache_blend.eval.codec_plots import write_codec_plots
@@ -140,6 +144,29 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         numbers = [f"{row['bits_per_element']:.3f}", f"{row['kl']:.5f}", f"{row['top1_agreement']:.3f}"]
         numbers += [f"{row['delta_nll']:+.4f}", f"{row['encode_mb_s']:.0f}", f"{row['decode_mb_s']:.0f}"]
         table.add_row(row["data"], name, *numbers)
+    Console().print(table)
+
+
+def print_rates(rows: Sequence[dict[str, Any]]) -> None:
+    """Bits per element at three KLs, for codecs of which several settings were measured."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lmcache_blend.eval.codec_bench import rates
+
+    texts = [*dict.fromkeys(row["data"] for row in rows), "mean"]
+    found = {kl: rates(rows, kl) for kl in KLS}
+    names = dict.fromkeys(name for per_codec in found.values() for name in per_codec)
+    if not names:
+        return
+    table = Table(box=None, caption="bits per element at a KL, between the settings measured", caption_justify="left")
+    for head in ("codec", "KL", *texts):
+        table.add_column(head, overflow="fold", justify="left" if head == "codec" else "right")
+    for name in names:
+        for kl in KLS:
+            bits = found[kl].get(name, {})
+            if bits:
+                table.add_row(name, f"{kl:g}", *(f"{bits[t]:.2f}" if t in bits else "-" for t in texts))
     Console().print(table)
 
 
