@@ -20,8 +20,8 @@ from lmcache_blend.triton_kernels.tables.ops import slots
 
 LANES = 32
 UNROLL, UNROLL_INT16 = 2, 4
-"""Steps in the innermost loop of a decoder: from so many on it takes less than one instruction per symbol on sm90, where
-it writes symbols and where it writes int16 values."""
+"""Steps in the innermost loop of a decoder of symbols, and of one of int16 values: from so many on it takes less than
+one instruction per symbol on sm90."""
 BLOCK = 1024
 """Symbols at a time of the passes that have a program per row."""
 
