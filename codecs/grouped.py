@@ -67,8 +67,8 @@ def quantise(x: np.ndarray, group: int | None, bits: int, symmetric: bool = Fals
 
 def dequantise(q: np.ndarray, zero: np.ndarray, step: np.ndarray, group: int | None) -> np.ndarray:
     """q [R, N], zero and step [R, G] float32 -> [R, N] float32."""
-    scales = (np.ascontiguousarray(s, np.float32) for s in (zero, step))
-    return cpu.dequantise(np.ascontiguousarray(q), *scales, span(q.shape[1], group))
+    zero, step = np.ascontiguousarray(zero, np.float32), np.ascontiguousarray(step, np.float32)
+    return cpu.dequantise(np.ascontiguousarray(q), zero, step, span(q.shape[1], group))
 
 
 def pack(values: np.ndarray, bits: int) -> bytes:

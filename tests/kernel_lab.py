@@ -225,4 +225,4 @@ def poison() -> Iterator[None]:
 
 
 def _bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8) if x.dim() else x.reshape(1).view(torch.uint8)
+    return x.contiguous().view(-1).view(torch.uint8)

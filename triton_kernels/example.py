@@ -3,7 +3,7 @@
 Each operation's folder has an examples.py with a list EXAMPLES; `examples()` collects them.
 """
 
-import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

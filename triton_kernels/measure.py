@@ -4,6 +4,7 @@ Times are medians. On a GPU they come from `triton.testing.do_bench` (events, L2
 a wall clock.
 """
 
+import math
 import platform
 import re
 import statistics
@@ -73,8 +74,12 @@ def validate_example(example: Example, device: torch.device, small: bool) -> Row
         args = example.make(device, small)
         got = example.run(*args)
         errors = [error_ratio(g, w) for g, w in zip(tensors(got), tensors(want), strict=True)]
-        row["error_ratio"], row["tolerance"] = max(errors, default=0.0), example.tolerance
-        row["ok"] = row["error_ratio"] <= example.tolerance
+        worst, row["tolerance"] = max(errors, default=0.0), example.tolerance
+        row["ok"] = worst <= example.tolerance
+        if math.isfinite(worst):
+            row["error_ratio"] = worst
+        else:
+            row["problem"] = "another shape, other integers, or NaN where a number belongs"
         args = example.make(device, small)
         row["ms"] = time_ms(lambda: example.run(*args), device)
         row["bytes"] = moved_bytes(example, args, got)

@@ -13,8 +13,8 @@ from torch import Tensor
 from lmcache_blend.triton_kernels.attention.reference import visible_keys
 
 BLOCK_ROWS = 64
-PROBE_ROWS = 16
-"""Rows of a probe at a time: their weights stay in the cache of the CPU."""
+PROBE_ROWS = 64
+"""Rows of a probe whose weights are in memory at a time; fewer at a time cost more."""
 
 
 def masked_rows(

@@ -2,8 +2,8 @@
 
 A program takes BLOCK_M rows of one KV head: a row is one query head of one chosen token, so that the G query heads of a
 KV head share its tiles. Keys that every row sees need no mask, those behind the largest position are not read at all;
-sorted positions make tiles of nearly equal rows. SPLITS programs share the keys of a tile where there are few rows; their
-results, each with its log-sum-exp in base 2, are merged by merge_kernel.
+sorted positions make tiles of nearly equal rows. SPLITS programs share the keys of a tile where there are few rows;
+their results, each with its log-sum-exp in base 2, are merged by merge_kernel.
 
 Keys are dense [B, H, T, D] by strides (table None) or paged [blocks, SIZE, H, D] under table [B, M]. V's strides are
 None where they are K's. Masks are additive.
@@ -39,15 +39,16 @@ def logits(s, scale, soft_cap):
 def visible(kp, position, window):
     """Whether rows at `position` see keys kp (shapes that broadcast)."""
     if window is None:
-        return kp <= position
+        seen = kp <= position
     else:
         # One comparison: keys behind the position are huge as unsigned numbers. AMD keeps masks in scarce registers.
-        return (position - kp).to(tl.uint32, bitcast=True) < window
+        seen = (position - kp).to(tl.uint32, bitcast=True) < window
+    return seen
 
 
 @triton.jit
 def additive(at, inside):
-    """A mask's values in base 2, the smallest of them finite: rows that it hides entirely attend evenly, as in torch."""
+    """A mask's values in base 2, the smallest finite: rows that it hides entirely attend evenly, as in torch."""
     return tl.maximum(tl.load(at, mask=inside, other=0.0).to(tl.float32), -1e30) * LOG2E
 
 

@@ -33,8 +33,8 @@ def selective_attention(
 ) -> Tensor:
     """Attention of N rows at positions [B, N] over all keys up to their positions, [B, Hq, N, Dv].
 
-    q [B, Hq, N, D]; dense k [B, H, T, D], v [B, H, T, Dv], or, with a block_table [B, M], caches [blocks, block size, H,
-    D], where "HND" [blocks, H, block size, D]. window: only the last so many keys. soft_cap: of the logits (Gemma 2).
+    q [B, Hq, N, D]; dense k [B, H, T, D], v [B, H, T, Dv], or, with a block_table [B, M], caches [blocks, block size,
+    H, D], where "HND" [blocks, H, block size, D]. window: only the last so many keys. soft_cap: of the logits (Gemma).
     mask [B or 1, 1, N, T]: added to the logits. Rows that see nothing (position -1) give zeros. Fastest where positions
     ascend. Raises ValueError where shapes do not fit.
     """

@@ -44,8 +44,11 @@ def _synthesise_args(device: torch.device, small: bool) -> tuple:
 def _synthesise_reference(
     symbols: Tensor, where: Classes, inverse: Tensor, base: Tensor, features: Tensor, predict: Tensor, _: torch.dtype
 ) -> Tensor:
-    wide = (x.double() for x in (inverse, base, features, predict))
-    return synthesise_reference(symbols, *where, *wide, torch.float64)
+    base, features = base.double(), features.double()
+    order, bounds, offsets, steps = where
+    return synthesise_reference(
+        symbols, order, bounds, offsets, steps, inverse.double(), base, features, predict.double(), torch.float64
+    )
 
 
 def _analyse_args(device: torch.device, small: bool) -> tuple:
@@ -63,8 +66,14 @@ def _symbols(x: Tensor, base: Tensor, forward: Tensor, where: Classes, size: int
     return analyse(x, base, forward, where, size)[0].float()
 
 
+def _analyse_naive(x: Tensor, base: Tensor, forward: Tensor, where: Classes, size: int) -> tuple:
+    order, bounds, offsets, steps = where
+    return analyse_reference(x, base, forward, order, bounds, offsets, steps, size)
+
+
 def _analyse_reference(x: Tensor, base: Tensor, forward: Tensor, where: Classes, size: int) -> Tensor:
-    return analyse_reference(x, base, forward.double(), *where, size)[0].double()
+    order, bounds, offsets, steps = where
+    return analyse_reference(x, base, forward.double(), order, bounds, offsets, steps, size)[0].double()
 
 
 EXAMPLES = [
@@ -87,6 +96,6 @@ EXAMPLES = [
         tolerance=2e-2,
         flops=lambda args: 2 * args[0].numel() * args[2].shape[1],
         matmul=("analyse_tile",),
-        rivals={"torch": lambda x, base, forward, where, size: analyse_reference(x, base, forward, *where, size)},
+        rivals={"torch": _analyse_naive},
     ),
 ]

@@ -1,7 +1,7 @@
 """Paged gather and scatter on a GPU, with the keys turned on the way.
 
-A cache is [blocks, block size, H, D] by strides, so NHD, HND, an interleaved K and V, and a dense buffer (one block that
-holds every token) are one case. Offsets are 64 bits wide: a cache has more than 2^31 elements.
+A cache is [blocks, block size, H, D] by strides, so NHD, HND, an interleaved K and V, and a dense buffer (one block
+that holds every token) are one case. Offsets are 64 bits wide: a cache has more than 2^31 elements.
 """
 
 import triton

@@ -7,7 +7,6 @@ have no place: scatter skips them, gather gives zeros.
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from lmcache_blend.triton_kernels.launch import launch, on_triton
@@ -140,7 +139,7 @@ def _run_gather(
 def _settings(
     cache: Tensor, tokens: int, cos: Tensor | None, sin: Tensor | None, first: int, interleaved: bool
 ) -> tuple[list[Tensor], dict[str, int], tuple[int, int]]:
-    """Tables, constants and the grid of a launch; without a turn the cache stands for the tables, which are not read."""
+    """Tables, constants and the grid of a launch; without a turn the cache stands for tables that are not read."""
     heads, dim = cache.shape[2:]
     half = 0 if cos is None else cos.shape[1]
     pairs = power_of_2(half or dim)

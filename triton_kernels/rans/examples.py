@@ -215,7 +215,7 @@ EXAMPLES = [
         exact_args,
         ops.decode_exact,
         exact_reference,
-        coder={"decode_streams": 32 * ops.UNROLL},
+        coder={"decode_streams": 32 * ops.UNROLL_INT16},
     ),
     Example("rans_encode_lanes", lanes_args, encode_lanes, encode_lanes_reference),
     Example(

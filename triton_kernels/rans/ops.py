@@ -19,8 +19,9 @@ from lmcache_blend.triton_kernels.rans.avx2 import SPREAD
 from lmcache_blend.triton_kernels.tables.ops import slots
 
 LANES = 32
-UNROLL = 2
-"""Steps in the decoder's innermost loop: from 2 on it takes less than one instruction per symbol on sm90."""
+UNROLL, UNROLL_INT16 = 2, 4
+"""Steps in the innermost loop of a decoder of symbols, and of one of int16 values: from so many on it takes less than
+one instruction per symbol on sm90."""
 BLOCK = 1024
 """Symbols at a time of the passes that have a program per row."""
 
@@ -315,7 +316,7 @@ def _run_decode_exact(
         width = torch.ones(rows, dtype=torch.uint8, device=words.device)
         launch(
             kernels.decode_streams, (len(used),), words, word_starts, states, streams, index * length, lengths, index,
-            width, lut, out, ends, used, BITS=8, UNROLL=UNROLL, num_warps=1,
+            width, lut, out, ends, used, BITS=8, UNROLL=UNROLL_INT16, num_warps=1,
         )  # fmt: skip
         return out, used, ends
     words_, freq_, out_ = words.numpy(), freq.numpy(), out.numpy()

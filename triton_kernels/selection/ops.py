@@ -28,12 +28,12 @@ def squared_deviation(new: Tensor, old: Tensor, rows: Tensor) -> Tensor:
 def paged_squared_deviation(
     new: Tensor, cache: Tensor, positions: Tensor, block_table: Tensor | None = None, layout: Layout = "NHD"
 ) -> Tensor:
-    """`squared_deviation` from tokens of a paged cache, named as in `paged.gather`; [2, N], 0 for negative positions."""
+    """`squared_deviation` from tokens of a paged cache, named as in `paged.gather`; 0 for negative positions."""
     return _deviation(new, nhd(cache, layout), positions, block_table)
 
 
 def top_rows(scores: Tensor, candidate: Tensor, count: int) -> Tensor:
-    """Ascending positions [count] int64 of the candidates [T] bool with the highest scores [T]; of equal ones the first.
+    """Ascending positions [count] of the candidates [T] bool with the highest scores [T]; of equal ones the first.
 
     NaN counts as the highest. count: at most the number of candidates, which on a GPU is not checked.
     """
@@ -85,7 +85,7 @@ def _run_top(scores: Tensor, candidate: Tensor, count: int) -> Tensor:
     if not 0 <= count <= len(scores):
         raise ValueError(f"{count} rows of {len(scores)}")
     if not on_triton(scores, candidate):
-        return top_rows_reference(scores, candidate, count)
+        return _top_on_cpu(scores, candidate, count)
     from lmcache_blend.triton_kernels.selection.kernels import top_rows_kernel
 
     out = torch.empty(count, dtype=torch.int64, device=scores.device)
@@ -98,9 +98,16 @@ def _run_top(scores: Tensor, candidate: Tensor, count: int) -> Tensor:
     return out
 
 
+def _top_on_cpu(scores: Tensor, candidate: Tensor, count: int) -> Tensor:
+    """One sort of all tokens, unless candidates of score -inf have to be told from what is no candidate."""
+    masked = torch.where(candidate, scores.float(), -torch.inf)
+    order = masked.argsort(descending=True, stable=True)[:count]
+    if count and float(masked[order[-1]]) == -torch.inf:
+        return top_rows_reference(scores, candidate, count)
+    return order.sort().values
+
+
 _deviation = operator(
     "squared_deviation", _run_deviation, lambda new, *_: new.new_empty(2, new.shape[1], dtype=torch.float32)
 )
-_top = operator(
-    "top_rows", _run_top, lambda scores, candidate, count: scores.new_empty(count, dtype=torch.int64)
-)
+_top = operator("top_rows", _run_top, lambda scores, candidate, count: scores.new_empty(count, dtype=torch.int64))
