@@ -8,7 +8,8 @@ import lmcache_blend
 
 
 def test_examples():
-    names = [m.name for m in pkgutil.walk_packages(lmcache_blend.__path__, "lmcache_blend.")]
+    found = [m.name for m in pkgutil.walk_packages(lmcache_blend.__path__, "lmcache_blend.")]
+    names = [name for name in found if not name.endswith("_peer")]  # scripts for an environment of another engine
     results = [doctest.testmod(importlib.import_module(name)) for name in names]
     assert sum(r.failed for r in results) == 0
     assert sum(r.attempted for r in results) > 10

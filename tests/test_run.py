@@ -76,8 +76,9 @@ def test_compute_and_bytes(output: Path):
     assert results["full_recompute", None].bits_per_element is None
     reuse, epic = results["full_reuse", None], results["epic", 0.15]
     assert reuse.compute_fraction < epic.compute_fraction < results["cacheblend", 0.15].compute_fraction < 1.0
-    assert reuse.bits_per_element == pytest.approx(32.0)
-    assert reuse.loaded_bytes == pytest.approx(2 * reuse.raw_kv_bytes)
+    # A little more than the numbers: each value has a header.
+    assert reuse.bits_per_element == pytest.approx(32.0, rel=0.01)
+    assert reuse.loaded_bytes == pytest.approx(2 * reuse.raw_kv_bytes, rel=0.01)
     assert 0 < results["prefix_cache", None].loaded_bytes < reuse.loaded_bytes
 
 
@@ -234,7 +235,7 @@ def test_several_codecs_share_a_run_and_are_drawn_against_each_other(model, data
     kl = {name: r["metrics"]["kl"]["mean"] for name, r in found.items()}
     assert kl["raw"] < 1e-9 < kl["int8"] < kl["kivi"]
     bits = {name: r["bits_per_element"] for name, r in found.items()}
-    assert bits["kivi"] < bits["int8"] < bits["raw"] == 32  # float32, as it is
+    assert bits["kivi"] < bits["int8"] < bits["raw"] == pytest.approx(32, rel=0.01)  # float32, as it is
     assert cli.main(["report", str(tmp_path)]) == 0
     assert list((tmp_path / "plots").glob("codecs__*.png"))
 
