@@ -76,7 +76,7 @@ class TestRedisCluster(TierConformance):
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port")
         servers = [redis_server(*options, str(bus)) for bus in buses]
         for server in servers:
-            request.addfinalizer(server.close)
+            request.addfinalizer(server.close)  # noqa: PT021  # one per server
         clients = [redis.Redis(port=s.port) for s in servers]
         for i, client in enumerate(clients):
             client.execute_command("CLUSTER ADDSLOTSRANGE", 5462 * i, min(5462 * (i + 1), 16384) - 1)
