@@ -171,7 +171,7 @@ def _run_attention(
         return out, lse if need_lse else lse.new_empty(0)
     from lmcache_blend.triton_kernels.attention.kernels import attention_kernel, merge_kernel
 
-    q, k, v, mask, positions = (_dims_contiguous(x) for x in (q, k, v, mask, positions))
+    q, k, v, mask, positions = (_dims_contiguous(x) for x in (q, k, v, mask, positions))  # pyright: ignore[reportAssignmentType]
     b, hq, n, d = q.shape
     dv = v.shape[3]
     how = attention_settings(b, heads, hq // heads, n, keys, max(d, dv), q.element_size() * 8)
@@ -220,7 +220,7 @@ def _run_mass(
         return cpu.key_mass(q, k[:, :, :keys], positions, lse, mask, scale, window, soft_cap)
     from lmcache_blend.triton_kernels.attention.kernels import mass_kernel
 
-    q, k, mask, positions = (_dims_contiguous(x) for x in (q, k, mask, positions))
+    q, k, mask, positions = (_dims_contiguous(x) for x in (q, k, mask, positions))  # pyright: ignore[reportAssignmentType]
     b, hq, n, d = q.shape
     size, how = 0 if block_table is None else k.shape[1], mass_settings(n, d, q.element_size() * 8)
     mass = q.new_empty(b, hq, keys, dtype=torch.float32)

@@ -119,7 +119,9 @@ def _run_load(per_token, group, piece, cache, data, positions, table, turn) -> T
 
 def _wide_load(bits, per_token, group, piece, cache, data, positions, table, turn) -> Tensor:
     pairing = pairing_of(bits, piece is not None and piece.pairing == "interleaved")
-    x = dequantise_reference(*data, per_token, group, bits, pairing, torch.float64)
+    codes, steps, zeros = data
+    assert zeros is not None, "the examples are asymmetric"
+    x = dequantise_reference(codes, steps, zeros, per_token, group, bits, pairing, torch.float64)
     return _wide_scatter(piece, "NHD", cache, x, positions, table, turn)
 
 
@@ -133,7 +135,9 @@ def _run_store(bits, per_token, group, piece, cache, positions, table, turn) -> 
     """Dequantised, as codes at a step's edge may differ by one from those of float64."""
     data = gather_quantised(cache, bits, per_token, group, False, positions, table, 0, 0, turn, piece)
     pairing = pairing_of(bits, piece is not None and piece.pairing == "interleaved")
-    return dequantise_reference(*data, per_token, group, bits, pairing, torch.float32)
+    codes, steps, zeros = data
+    assert zeros is not None, "the examples are asymmetric"
+    return dequantise_reference(codes, steps, zeros, per_token, group, bits, pairing, torch.float32)
 
 
 def _wide_store(bits, per_token, group, piece, cache, positions, table, turn) -> Tensor:
