@@ -55,6 +55,11 @@ $(READY): pyproject.toml
 	  { echo "$(TORCH) could not be installed (pip's reason is above); taking any torch that fits instead"; \
 	    $(BIN)/python -m pip install $(TORCH_INDEX) "torch>=2.8"; }
 	$(BIN)/python -m pip install -e ".[dev]"
+	@# Servers and clients that not every platform has; the tests that miss one are skipped and say so. NIXL without
+	@# its dependencies, which are CUDA builds of torch.
+	-$(BIN)/python -m pip install -e ".[services]"
+	-$(BIN)/python -m pip install -e ".[mooncake]"
+	-$(BIN)/python -m pip install --no-deps "nixl>=1.5" "nixl-cu12>=1.5"
 	@touch $@
 
 clean:
