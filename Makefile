@@ -55,6 +55,9 @@ $(READY): pyproject.toml
 	  { echo "$(TORCH) could not be installed (pip's reason is above); taking any torch that fits instead"; \
 	    $(BIN)/python -m pip install $(TORCH_INDEX) "torch>=2.8"; }
 	$(BIN)/python -m pip install -e ".[dev]"
+	@# Servers and rivals that not every platform has; the tests that miss one are skipped and say so. Mooncake and NIXL
+	@# are for those who use them: pip install -e ".[mooncake]", and NIXL with --no-deps (its own are CUDA builds of torch).
+	-$(BIN)/python -m pip install -e ".[services]"
 	@touch $@
 
 clean:

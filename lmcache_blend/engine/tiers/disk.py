@@ -61,7 +61,7 @@ class DiskTier:
         try:
             if not self._room(key, size):
                 return Miss("full")
-            _write(fd, value)
+            self._write(fd, value)
             if self.fsync != "none":
                 os.fdatasync(fd)
             return self._place(key, path, size)
@@ -73,6 +73,9 @@ class DiskTier:
             with suppress(OSError):
                 os.unlink(path)
             os.close(fd)
+
+    def _write(self, fd: int, value: Value) -> None:
+        _write(fd, value)
 
     def _room(self, key: bytes, size: int) -> bool:
         """Before anything is written: whether it would fit now."""

@@ -10,7 +10,6 @@ query are redis-py's (db, username, password, ssl_ca_certs, ...).
 """
 
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from lmcache_blend.engine.tiers.base import (
     register_tier,
     size_of,
 )
+from lmcache_blend.engine.tiers.redis_parts import get_parts, is_wrong_type, number_of, put_parts
 from lmcache_blend.engine.tiers.redis_servers import Servers
 from lmcache_blend.engine.tiers.resp import ServerError, Wire, command, command_with
 from lmcache_blend.engine.tiers.room import Room
@@ -35,10 +35,9 @@ from lmcache_blend.errors import ConfigError
 WINDOW_BYTES, WINDOW_COMMANDS = 1 << 20, 256
 """Values and commands under way at once: larger pipelines are slower, since the server then buffers its answers."""
 WHOLE_BYTES = 1 << 16
-UNFINISHED_MS = 600_000
-"""Parts of a value whose writer died go after so long."""
-PIPELINE_COMMANDS = 1000
 ATTEMPTS = 5
+REPLACED = 200
+"""How often a value is begun anew that others replace faster than it is read."""
 MOVED = {"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"}
 CAUSES = {"OOM": "full", "READONLY": "read_only", "MISCONF": "read_only", "WRONGTYPE": "corrupt"}
 
@@ -126,7 +125,9 @@ class Redis:
                         settle()
                 else:
                     settle()
-                    out[i] = self._put_parts(wire, self._name(keys[i]), values[i], sizes[i])
+                    out[i] = self._outcome(
+                        put_parts(wire, self._name(keys[i]), values[i], sizes[i], self._part), sizes[i]
+                    )
             settle()
 
         return self._room.put(sizes, lambda at: self._batch(keys, at, send), keys, self.lookup)
@@ -144,27 +145,24 @@ class Redis:
                     sent += 1
                 got = wire.value_into(buffers[i])
                 under_way -= len(buffers[i])
-                if (isinstance(got, ServerError) and got.code == "WRONGTYPE") or got == 0:
+                if is_wrong_type(got) or got == 0:
                     doubtful.append(i)
-                elif got is None or isinstance(got, ServerError):
-                    out[i] = ABSENT if got is None else self._outcome(got, 0)
                 else:
-                    whole = got >= len(buffers[i])
-                    out[i] = len(buffers[i]) if whole else Miss("corrupt", f"{got} bytes of {len(buffers[i])}")
+                    out[i] = ABSENT if got is None else self._outcome(got, _whole(got, len(buffers[i])))
             for i in doubtful:
-                out[i] = self._get_parts(wire, keys[i], buffers[i], None if offsets is None else offsets[i])
+                out[i] = self._get_doubtful(wire, keys[i], buffers[i], None if offsets is None else offsets[i])
 
         return self._batch(keys, range(len(keys)), receive)
 
     def lookup(self, keys: Sequence[bytes]) -> list[Outcome]:
         def ask(wire: Wire, at: list[int], out: list[Outcome]) -> None:
-            found = _pipeline(wire, [command("STRLEN", self._name(keys[i])) for i in at])
-            split = [i for i, size in zip(at, found, strict=True) if size == 0 or _code(size) == "WRONGTYPE"]
+            found = wire.ask([command("STRLEN", self._name(keys[i])) for i in at])
+            split = [i for i, size in zip(at, found, strict=True) if size == 0 or is_wrong_type(size)]
             for i, size in zip(at, found, strict=True):
                 out[i] = self._outcome(size, size) if size else ABSENT
-            sizes = _pipeline(wire, [command("HGET", self._name(keys[i]), "size") for i in split])
+            sizes = wire.ask([command("HGET", self._name(keys[i]), "size") for i in split])
             for i, size in zip(split, sizes, strict=True):
-                number = _number(size)
+                number = number_of(size)
                 out[i] = self._outcome(size, number) if number is not None else ABSENT
 
         return self._batch(keys, range(len(keys)), ask)
@@ -202,7 +200,7 @@ class Redis:
             keys = [bytes.fromhex(m[1].decode()) for m in map(self._names.fullmatch, names) if m and m[2]]
 
             def ask(wire: Wire, at: list[int], found: list[Any], keys: list[bytes] = keys) -> None:
-                texts = _pipeline(wire, [command("GET", self._name(keys[i], ":pin")) for i in at])
+                texts = wire.ask([command("GET", self._name(keys[i], ":pin")) for i in at])
                 for i, text in zip(at, texts, strict=True):
                     found[i] = text
 
@@ -214,81 +212,22 @@ class Redis:
     def close(self) -> None:
         self._servers.close()
 
-    # Parts
+    # Below the operations
 
-    def _put_parts(self, wire: Wire, name: str, value: Value, size: int) -> Outcome:
-        mark = os.urandom(8).hex()
-        temporary, count = f"{name}:{mark}", -(-size // self._part)
-        commands = [command("HSET", temporary, "size", size, "mark", mark, "part", self._part)]
-        commands += [command("PEXPIRE", temporary, UNFINISHED_MS)]
-        replies = _pipeline(wire, commands)
-        pieces = _cut(value, self._part)
-        for i in range(count):
-            length = min(self._part, size - i * self._part)
-            wire.send(command_with(["HSET", temporary, f"{mark}:{i}"], next(pieces), length))
-            replies.append(wire.reply())
-            if isinstance(replies[-1], ServerError):
-                break
-        error = next((r for r in replies if isinstance(r, ServerError)), None)
-        if error is None:
-            replies = _pipeline(
-                wire,
-                [command("MULTI"), command("PERSIST", temporary), command("RENAME", temporary, name), command("EXEC")],
-            )
-            error = next((r for r in [*replies, *(replies[-1] or ())] if isinstance(r, ServerError)), None)
-        if error is not None:
-            _pipeline(wire, [command("UNLINK", temporary)])
-            return self._outcome(error, 0)
-        return size
-
-    def _get_parts(self, wire: Wire, key: bytes, buffer: memoryview, offset: int | None) -> Outcome:
-        """A value in parts, or one that a GET left in doubt (empty, replaced while it was read)."""
-        name, start = self._name(key), offset or 0
-        for _ in range(ATTEMPTS):
-            meta = _pipeline(wire, [command("HMGET", name, "size", "mark", "part")])[0]
-            if _code(meta) == "WRONGTYPE":
+    def _get_doubtful(self, wire: Wire, key: bytes, buffer: memoryview, offset: int | None) -> Outcome:
+        """A value that a GET did not bring: it is in parts, or gone, or was replaced just then."""
+        for _ in range(REPLACED):
+            got = get_parts(wire, self._name(key), buffer, offset or 0)
+            if isinstance(got, int | Miss):
+                return got
+            if got is not None and not is_wrong_type(got):
+                return self._outcome(got, 0)
+            if got is not None:
                 wire.send([self._get_command(key, len(buffer), offset)])
                 got = wire.value_into(buffer)
                 if isinstance(got, int):
-                    return len(buffer) if got >= len(buffer) else Miss("corrupt", f"{got} bytes of {len(buffer)}")
-                continue
-            if not isinstance(meta, list) or len(meta) != 3:
-                return self._outcome(meta, 0)
-            size, mark, part = _number(meta[0]), meta[1], _number(meta[2])
-            if size is None:
-                return ABSENT
-            if not isinstance(mark, bytes) or not part or start + len(buffer) > size:
-                return Miss("corrupt", f"{len(buffer)} bytes at {start} of {size}")
-            if self._read_parts(wire, name, mark, part, size, buffer, start):
-                return len(buffer)
+                    return _whole(got, len(buffer))
         return ABSENT
-
-    def _read_parts(
-        self, wire: Wire, name: str, mark: bytes, part: int, size: int, buffer: memoryview, start: int
-    ) -> bool:
-        """Fill the buffer from parts; False where one is gone, which is what replacing a value looks like."""
-        end = start + len(buffer)
-        wanted = range(start // part, -(-end // part))
-        sent, whole = 0, True
-        for done, i in enumerate(wanted):
-            while whole and sent < min(done + 2, len(wanted)):  # the next one is under way while this one comes
-                wire.send([command("HGET", name, mark + b":%d" % wanted[sent])])
-                sent += 1
-            if done == sent:
-                break
-            begin, length = i * part, min(part, size - i * part)
-            low, high = max(start, begin), min(end, begin + length)
-            target = buffer[low - start : high - start]
-            if high - low == length:
-                got = wire.value_into(target)
-            else:
-                copy = bytearray(length)
-                got = wire.value_into(memoryview(copy))
-                target[:] = memoryview(copy)[low - begin : high - begin]
-            whole = whole and got == length
-        return whole
-
-    # Below the operations
 
     def _batch(
         self, keys: Sequence[bytes], at: Sequence[int], work: Callable[[Wire, list[int], list[Any]], None]
@@ -310,7 +249,7 @@ class Redis:
     def _script(self, script: str, keys: Sequence[bytes], *arguments: int | str) -> list[Outcome]:
         def run(wire: Wire, at: list[int], out: list[Outcome]) -> None:
             names = [(self._name(keys[i]), self._name(keys[i], ":pin")) for i in at]
-            replies = _pipeline(wire, [command("EVAL", script, 2, *pair, *arguments) for pair in names])
+            replies = wire.ask([command("EVAL", script, 2, *pair, *arguments) for pair in names])
             for i, reply in zip(at, replies, strict=True):
                 size = reply if isinstance(reply, int) else -1
                 out[i] = Miss("pinned") if size == -2 else self._outcome(reply, size) if size >= 0 else (
@@ -326,7 +265,7 @@ class Redis:
             while True:
                 # A connection for each step: whoever reads the entries may take any time between two of them.
                 with self._servers.wire(node, time.monotonic() + self._timeout) as wire:
-                    reply = _pipeline(wire, [command("SCAN", cursor, "MATCH", match, "COUNT", 1000)])[0]
+                    reply = wire.ask([command("SCAN", cursor, "MATCH", match, "COUNT", 1000)])[0]
                 if not isinstance(reply, list) or len(reply) != 2 or not isinstance(reply[1], list):
                     raise OSError(f"the server does not list its keys: {reply!r:.200}")
                 cursor = reply[0]
@@ -338,7 +277,7 @@ class Redis:
         """The server's eviction policy, where it takes keys that have no expiry."""
         for node in self._servers.nodes():
             with self._servers.wire(node, time.monotonic() + self._timeout) as wire:
-                text = _pipeline(wire, [command("INFO", "memory")])[0]
+                text = wire.ask([command("INFO", "memory")])[0]
             found = dict(line.split(":", 1) for line in str(text, "latin-1").splitlines() if ":" in line)
             if found.get("maxmemory") != "0" and found.get("maxmemory_policy", "").startswith("allkeys"):
                 return found["maxmemory_policy"]
@@ -360,38 +299,8 @@ class Redis:
         return good
 
 
-def _pipeline(wire: Wire, commands: Sequence[bytes]) -> list[Any]:
-    """Replies to commands that carry no values, in order."""
-    out: list[Any] = []
-    for at in range(0, len(commands), PIPELINE_COMMANDS):
-        some = commands[at : at + PIPELINE_COMMANDS]
-        wire.send(some)
-        out += [wire.reply() for _ in some]
-    return out
-
-
-def _cut(value: Value, part: int) -> Iterator[list[memoryview]]:
-    """The pieces of a value in runs of `part` bytes, nothing copied."""
-    run, room = [], part
-    for piece in value:
-        view = memoryview(piece).cast("B")
-        while len(view):
-            run.append(view[:room])
-            view, room = view[room:], room - len(run[-1])
-            if not room:
-                yield run
-                run, room = [], part
-    if run:
-        yield run
-
-
-def _code(reply: Any) -> str | None:
-    return reply.code if isinstance(reply, ServerError) else None
-
-
-def _number(text: Any) -> int | None:
-    """A field that holds a size; None for a null, and for what others wrote there."""
-    return int(text) if isinstance(text, bytes) and text.isdigit() and len(text) < 19 else None
+def _whole(got: Any, wanted: int) -> Outcome:
+    return wanted if isinstance(got, int) and got >= wanted else Miss("corrupt", f"{got} bytes of {wanted}")
 
 
 def _time(text: bytes) -> float | None:

@@ -13,6 +13,7 @@ from lmcache_blend.engine.tiers.base import Part
 
 JOIN_BYTES = 16_384
 """Pieces up to this size are copied together, larger ones are sent as they are."""
+PIPELINE_COMMANDS = 1000
 MAX_LINE, MAX_BULK, MAX_ARRAY, MAX_DEPTH = 4096, 1 << 20, 1 << 20, 4
 """What a reply may claim where the tier did not ask for a value: names, numbers and cursors only."""
 
@@ -79,6 +80,15 @@ class Wire:
         for packet in packets(parts):
             self._limit()
             self._sock.sendall(packet)
+
+    def ask(self, commands: Sequence[bytes]) -> list[Any]:
+        """Replies to commands that carry no values, in order."""
+        out: list[Any] = []
+        for at in range(0, len(commands), PIPELINE_COMMANDS):
+            some = commands[at : at + PIPELINE_COMMANDS]
+            self.send(some)
+            out += [self.reply() for _ in some]
+        return out
 
     def reply(self) -> Any:
         """A reply: bytes, int, None, list, or ServerError."""
