@@ -39,7 +39,7 @@ class Nixl(DiskTier):
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or backend not in BACKENDS:
             raise ConfigError(f"{url!r} is no nixl:///folder?backend={'|'.join(BACKENDS)}")
         try:
-            from nixl._api import nixl_agent, nixl_agent_config
+            from nixl._api import nixl_agent, nixl_agent_config  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError(f"a nixl:// tier needs NIXL: pip install lmcache-blend[nixl] ({error})") from None
         self._backend = backend

@@ -60,7 +60,7 @@ class Mooncake:
         threads: int = 4,
     ):
         try:
-            from mooncake.store import MooncakeDistributedStore
+            from mooncake.store import MooncakeDistributedStore  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError(
                 f"a mooncake:// tier needs Mooncake: pip install lmcache-blend[mooncake], and libibverbs ({error})"
