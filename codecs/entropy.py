@@ -10,7 +10,7 @@ import pydantic
 from lmcache_blend.codecs import rans
 from lmcache_blend.codecs.container import array, join, split
 from lmcache_blend.codecs.stages import EMPTY, NotCodable, Plane, Stage, register_stage
-from lmcache_blend.codecs.tables import exact, histogram, laplace_bank
+from lmcache_blend.codecs.tables import byte_frequencies, exact, histogram, laplace_bank
 from lmcache_blend.errors import CorruptChunkError
 
 SIZE = struct.Struct("<II")
@@ -34,8 +34,7 @@ class Rans(Stage):
                 raise NotCodable
             counts = histogram(x - 127, 127)[:, : int(x.max(initial=0)) + 1]
             tables, ids = exact(counts, 8), np.arange(len(x))
-            freq = (tables.freq[:, : counts.shape[1]] - (tables.freq[:, : counts.shape[1]] == 256)).astype(np.uint8)
-            table_bytes = zlib.compress(freq.tobytes(), 9)
+            table_bytes = zlib.compress(byte_frequencies(tables.freq[:, : counts.shape[1]]).tobytes(), 9)
         return EMPTY, join([SIZE.pack(*x.shape), table_bytes, rans.encode(x, ids, tables)])
 
     def decode(self, y: np.ndarray, side: memoryview, plane: Plane) -> np.ndarray:

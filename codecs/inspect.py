@@ -200,12 +200,11 @@ def _parts(data: memoryview) -> list[memoryview]:
 
 def _raw(data: bytes) -> dict[str, Any]:
     chunk = raw.Raw().decode(data)
-    shapes = [(k.shape[0], k.shape[2], v.shape[0], v.shape[2]) for k, v in chunk.layers]
     dtypes = [tuple(str(x.dtype).removeprefix("torch.") for x in pair) for pair in chunk.layers]
     return {
         "format": raw.MAGIC.decode(),
         "codec": raw.Raw().get_config(),
-        **_chunk(len(chunk), shapes, dtypes, chunk.exact_after),
+        **_chunk(len(chunk), chunk.shapes, dtypes, chunk.exact_after),
         **_size(len(data), sum(k.numel() + v.numel() for k, v in chunk.layers)),
         "header_bytes": len(data) - chunk.nbytes - chunk.tokens.nbytes,
         "token_id_bytes": chunk.tokens.nbytes,

@@ -70,7 +70,7 @@ class PipelineCodec(Config):
 
     def encode(self, chunk: KVChunk) -> bytes:
         """Raises ConfigError where the chunk's shapes or types are none that this codec takes."""
-        shapes = tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2]) for k, v in chunk.layers)
+        shapes = chunk.shapes
         for i, pair in enumerate(chunk.layers):
             for x in pair:
                 if x.dtype not in NAMES:

@@ -12,7 +12,7 @@ from lmcache_blend.codecs import rans
 from lmcache_blend.codecs.container import array, join, split
 from lmcache_blend.codecs.entropy import SIZE, checked_size, inflate
 from lmcache_blend.codecs.stages import EMPTY, NotCodable, Plane, Stage, register_stage
-from lmcache_blend.codecs.tables import REACH, laplace_bank, tables_from
+from lmcache_blend.codecs.tables import REACH, byte_frequencies, laplace_bank, tables_from
 from lmcache_blend.errors import CorruptChunkError
 
 BANK, ROW = b"\0", b"\1"
@@ -38,8 +38,7 @@ class RansSmallest(Stage):
 
         present = counts[:, : int(x.max(initial=0)) + 1]
         freq = _normalise(present, 1 << ROW_BITS)
-        # 256, the frequency of a row's only symbol, does not fit a byte; no other row sums to 255.
-        row = zlib.compress((freq - (freq == 256)).astype(np.uint8).tobytes())
+        row = zlib.compress(byte_frequencies(freq).tobytes())
         row_bits = float((present * (ROW_BITS - np.log2(np.maximum(freq, 1)))).sum())
 
         size = SIZE.pack(*x.shape)

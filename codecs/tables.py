@@ -162,6 +162,14 @@ def exact(counts: np.ndarray, bits: int) -> Tables:
     return tables_from(ops.frequencies(torch.from_numpy(counts.astype(np.float64)), bits).numpy(), 0, bits)
 
 
+def byte_frequencies(freq: np.ndarray) -> np.ndarray:
+    """Frequencies that sum to 256 -> uint8, as `rans.decode_exact` takes them: 256, that of a row's only value, is 255.
+
+    No other row sums to 255.
+    """
+    return (freq - (freq == 256)).astype(np.uint8)
+
+
 def _table(pmf: np.ndarray, width: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(bits per value, width, freq, values, reach, cost) of one table over tuples of independent values."""
     pmf = np.asarray(pmf, np.float64) / np.sum(pmf)

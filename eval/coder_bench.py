@@ -10,16 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import zstandard
+from filelock import FileLock
 
 from lmcache_blend.codecs import rans
 from lmcache_blend.codecs.cachegen import CacheGen
 from lmcache_blend.codecs.cachegen_lmcache import TokenAbsmax
 from lmcache_blend.codecs.pipeline import stack
 from lmcache_blend.codecs.stages import Plane
-from lmcache_blend.codecs.tables import exact, laplace_bank
+from lmcache_blend.codecs.tables import byte_frequencies, exact, histogram, laplace_bank
+from lmcache_blend.config import cache_dir
 from lmcache_blend.types import KVChunk
 
 TOKENS = 256
@@ -99,8 +102,7 @@ def _rans_shared(planes: list[np.ndarray]) -> Job:
 
 def _rans_exact(planes: list[np.ndarray]) -> Job:
     tables = [exact(_counts(p), 8) for p in planes]
-    freq = [t.freq[:, : int(p.max()) + 1] for t, p in zip(tables, planes, strict=True)]
-    packed = [(f - (f == 256)).astype(np.uint8) for f in freq]
+    packed = [byte_frequencies(t.freq[:, : int(p.max()) + 1]) for t, p in zip(tables, planes, strict=True)]
     rows = [np.arange(len(p)) for p in planes]
 
     def encode() -> list[bytes]:
@@ -115,8 +117,7 @@ def _rans_exact(planes: list[np.ndarray]) -> Job:
 def _torchac(planes: list[np.ndarray]) -> Job:
     import torch
 
-    with _silence():
-        import torchac  # pyright: ignore[reportMissingImports]  # compiles itself at its first import
+    torchac = _import_torchac()
 
     cdfs, syms = [], []
     for p in planes:
@@ -133,6 +134,20 @@ def _torchac(planes: list[np.ndarray]) -> Job:
         return [torchac.decode_float_cdf(c, d).numpy() for c, d in zip(cdfs, data, strict=True)]
 
     return encode, decode, _size
+
+
+def _import_torchac() -> Any:
+    """torchac compiles itself at its first import. torch guards that with a file that a killed process leaves behind
+    and that every later one then waits for without end: here a lock that dies with its holder stands before it.
+    """
+    import torch
+
+    folder = cache_dir() / "torchac" / torch.__version__
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "compile.lock"), mock.patch.dict(os.environ, TORCH_EXTENSIONS_DIR=str(folder)), _silence():
+        (folder / "torchac_backend" / "lock").unlink(missing_ok=True)
+        import torchac  # pyright: ignore[reportMissingImports]
+    return torchac
 
 
 def _constriction(planes: list[np.ndarray]) -> Job:
@@ -185,9 +200,8 @@ def _silence() -> Iterator[None]:
 
 def _counts(plane: np.ndarray) -> np.ndarray:
     """[C, T] -> [C, A], how often each symbol occurs in each channel."""
-    size = int(plane.max()) + 1
-    index = plane + size * np.arange(len(plane))[:, None]
-    return np.bincount(index.ravel(), minlength=size * len(plane)).reshape(len(plane), size)
+    top = int(plane.max())
+    return histogram(plane, top)[:, top:]
 
 
 def _size(data: list[bytes]) -> int:

@@ -213,11 +213,7 @@ def _loop(runner: Any, items: Sequence[Item], combinations: Sequence[Combination
 def _measure(runner: Any, item: Item, combinations: Sequence[Combination], bar: tqdm) -> None:
     raw = MemoryStore()
     Blender(runner, combinations[0].blend, store=raw).store(item.prompt)
-    stores: dict[str, MemoryStore] = {}
-    for combination in combinations:
-        config = combination.folder.config.codec
-        if str(config) not in stores:
-            stores[str(config)] = _store(config, raw)
+    stores = _stores(combinations, raw)
     blenders = [Blender(runner, c.blend, store=stores[str(c.folder.config.codec)]) for c in combinations]
     bar.set_postfix_str("full prefill")
     reference = measure_reference(blenders[0], item, runner.tokenizer)
@@ -246,10 +242,15 @@ def _warm_up(runner: Any, item: Item, combinations: Sequence[Combination]) -> No
         blender = Blender(runner, blend, store=raw)
         blender.store(item.prompt)
         blender.prefill(item.prompt)
-    for config in {str(c.folder.config.codec): c.folder.config.codec for c in combinations}.values():
-        store = _store(config, raw)
+    for store in _stores(combinations, raw).values():
         for key in store:
             store.get(key)
+
+
+def _stores(combinations: Sequence[Combination], raw: MemoryStore) -> dict[str, MemoryStore]:
+    """A store for each codec, by its configuration as text."""
+    configs = {str(c.folder.config.codec): c.folder.config.codec for c in combinations}
+    return {text: _store(config, raw) for text, config in configs.items()}
 
 
 def _store(config: dict[str, Any], raw: MemoryStore) -> MemoryStore:

@@ -130,61 +130,58 @@ def _bench(arguments: argparse.Namespace, write_json: Any) -> None:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """The rows of a benchmark, a line each."""
-    from rich.console import Console
-    from rich.table import Table
-
     from lmcache_blend.codecs import short_name
 
-    # Short heads, so that a terminal of 80 columns has room for the codecs' names.
-    table = Table(box=None, caption="bits: per element; encode, decode: MB/s of 16-bit KV", caption_justify="left")
-    for head in ("data", "codec", "bits", "KL", "top-1", "dNLL", "encode", "decode"):
-        table.add_column(head, overflow="fold", justify="left" if head in ("data", "codec") else "right")
+    lines = []
     for row in rows:
-        name = short_name(row["codec"])
         numbers = [f"{row['bits_per_element']:.3f}", f"{row['kl']:.5f}", f"{row['top1_agreement']:.3f}"]
         numbers += [f"{row['delta_nll']:+.4f}", f"{row['encode_mb_s']:.0f}", f"{row['decode_mb_s']:.0f}"]
-        table.add_row(row["data"], name, *numbers)
-    Console().print(table)
+        lines.append([row["data"], short_name(row["codec"]), *numbers])
+    # Short heads, so that a terminal of 80 columns has room for the codecs' names.
+    heads = ("data", "codec", "bits", "KL", "top-1", "dNLL", "encode", "decode")
+    _print(heads, lines, "bits: per element; encode, decode: MB/s of 16-bit KV")
 
 
 def print_rates(rows: Sequence[dict[str, Any]]) -> None:
     """Bits per element at three KLs, for codecs of which several settings were measured."""
-    from rich.console import Console
-    from rich.table import Table
-
     from lmcache_blend.eval.codec_bench import rates
 
     texts = [*dict.fromkeys(row["data"] for row in rows), "mean"]
     found = {kl: rates(rows, kl) for kl in KLS}
-    names = dict.fromkeys(name for per_codec in found.values() for name in per_codec)
-    if not names:
-        return
-    table = Table(box=None, caption="bits per element at a KL, between the settings measured", caption_justify="left")
-    for head in ("codec", "KL", *texts):
-        table.add_column(head, overflow="fold", justify="left" if head == "codec" else "right")
-    for name in names:
-        for kl in KLS:
-            bits = found[kl].get(name, {})
-            if bits:
-                table.add_row(name, f"{kl:g}", *(f"{bits[t]:.2f}" if t in bits else "-" for t in texts))
-    Console().print(table)
+    lines = []
+    for name in dict.fromkeys(name for per_codec in found.values() for name in per_codec):
+        lines += [
+            [name, f"{kl:g}", *(f"{bits[t]:.2f}" if t in bits else "-" for t in texts)]
+            for kl in KLS
+            if (bits := found[kl].get(name))
+        ]
+    if lines:
+        _print(("codec", "KL", *texts), lines, "bits per element at a KL, between the settings measured")
 
 
 def print_coders(coders: Sequence[dict[str, Any]]) -> None:
     """Speeds of entropy coders on the same symbols, a line each."""
+    lines = []
+    for row in coders:
+        if "note" in row:
+            lines.append([row["coder"], row["note"]])
+            continue
+        numbers = [f"{row['bits_per_symbol']:.3f}", f"{row['encode_mb_s']:.0f}", f"{row['decode_mb_s']:.0f}"]
+        lines.append([row["coder"], *numbers, f"{row['decode_ratio']:.1f}"])
+    caption = "entropy coders alone, one thread; MB/s of 8-bit symbols; ratio: decode speed of rans over the coder's"
+    _print(("coder", "bits/symbol", "encode", "decode", "ratio"), lines, caption)
+
+
+def _print(heads: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> None:
+    """One table: names to the left, numbers to the right."""
     from rich.console import Console
     from rich.table import Table
 
-    caption = "entropy coders alone, one thread; MB/s of 8-bit symbols; ratio: decode speed of rans over the coder's"
     table = Table(box=None, caption=caption, caption_justify="left")
-    for head in ("coder", "bits/symbol", "encode", "decode", "ratio"):
-        table.add_column(head, overflow="fold", justify="left" if head == "coder" else "right")
-    for row in coders:
-        if "note" in row:
-            table.add_row(row["coder"], row["note"])
-            continue
-        numbers = [f"{row['bits_per_symbol']:.3f}", f"{row['encode_mb_s']:.0f}", f"{row['decode_mb_s']:.0f}"]
-        table.add_row(row["coder"], *numbers, f"{row['decode_ratio']:.1f}")
+    for head in heads:
+        table.add_column(head, overflow="fold", justify="left" if head in ("data", "codec", "coder") else "right")
+    for line in lines:
+        table.add_row(*line)
     Console().print(table)
 
 

@@ -153,7 +153,7 @@ class CodecConformance:
 
     def test_one_codec_serves_many_threads(self) -> None:
         for codec, chunk, case in self._cases(self.tokens[-2:-1]):
-            chunks = [self.chunk(shapes_of(chunk), len(chunk), chunk.layers[0][0].dtype, seed) for seed in range(4)]
+            chunks = [self.chunk(chunk.shapes, len(chunk), chunk.layers[0][0].dtype, seed) for seed in range(4)]
             alone = [codec.encode(c) for c in chunks]
             with ThreadPoolExecutor(4) as pool:
                 together = list(pool.map(codec.encode, chunks * 2))
@@ -206,7 +206,7 @@ class CodecConformance:
             data = codec.encode(chunk)
             count = len(chunk.layers)
             types = tuple(("float32", "float32") for _ in range(count))
-            header, segments = Header({"id": "another"}, len(chunk), shapes_of(chunk), types, (count,)), [b""]
+            header, segments = Header({"id": "another"}, len(chunk), chunk.shapes, types, (count,)), [b""]
             if data.startswith(b"LMCB\1"):
                 mine = Container(data)
                 header = replace(mine.header, codec={**mine.header.codec, "id": "another"})
@@ -326,10 +326,6 @@ def same_bits(a: KVChunk, b: KVChunk) -> bool:
 def kinds(chunk: KVChunk) -> list[tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of every tensor."""
     return [(x.dtype, tuple(x.shape)) for _, x in tensors(chunk)]
-
-
-def shapes_of(chunk: KVChunk) -> Shapes:
-    return tuple((k.shape[0], k.shape[2], v.shape[0], v.shape[2]) for k, v in chunk.layers)
 
 
 def altered(chunk: KVChunk, change: Callable[[Tensor], Any]) -> KVChunk:

@@ -35,7 +35,7 @@ from lmcache_blend.codecs.container import FREE_ELEMENTS, MAX_ELEMENTS_PER_BYTE,
 from lmcache_blend.codecs.inspect import describe
 from lmcache_blend.codecs.raw import HEADER_BYTES, MAGIC
 from lmcache_blend.errors import CorruptChunkError
-from lmcache_blend.testing import CodecConformance, kinds, same_bits, shapes_of
+from lmcache_blend.testing import CodecConformance, kinds, same_bits
 from lmcache_blend.types import KVChunk
 
 EXTRA_BYTES, CPU_SECONDS, DEAD_SECONDS = 512 << 20, 2.0, 60
@@ -359,7 +359,7 @@ def judge(target: Target, bad: bytes, original: KVChunk, expected: str) -> tuple
 
 def declared(data: bytes, out: KVChunk) -> bool:
     header = Container(data).header
-    return shapes_of(out) == header.shapes and len(out) == header.tokens and len(kinds(out)) == 2 * len(header.shapes)
+    return out.shapes == header.shapes and len(out) == header.tokens and len(kinds(out)) == 2 * len(header.shapes)
 
 
 # Worker and parent

@@ -1,6 +1,8 @@
 """`lmcache-blend codec fit` and `codec bench` end to end on a tiny random model, and the figures that they print."""
 
+import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -125,6 +127,20 @@ def test_every_coder_decodes_what_it_coded_and_one_that_is_missing_says_so(monke
     shared = rows["rans, shared tables"]
     assert shared["decode_ratio"] == 1
     assert all(np.isfinite(r["decode_mb_s"]) and 1 < r["bits_per_symbol"] < 8 for r in rows.values() if "note" not in r)
+
+
+def test_a_compile_that_was_killed_stops_no_later_one(tmp_path, monkeypatch):
+    """torch's lock file for extensions outlives its process."""
+    pytest.importorskip("ninja")
+    if importlib.util.find_spec("torchac") is None:
+        pytest.skip("torchac is not installed")
+    monkeypatch.setenv("LMCACHE_BLEND_CACHE", str(tmp_path))
+    left = tmp_path / "torchac" / torch.__version__ / "torchac_backend" / "lock"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    code = "from lmcache_blend.eval.coder_bench import _import_torchac; _import_torchac()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(

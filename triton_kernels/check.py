@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lmcache_blend.errors import ConfigError, UnknownNameError
-from lmcache_blend.triton_kernels.example import Example, examples, moved_bytes
+from lmcache_blend.triton_kernels.example import Example, chosen, examples, moved_bytes
 from lmcache_blend.triton_kernels.launch import Launch, interpreted, recording
 from lmcache_blend.triton_kernels.targets import TARGETS, Target
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def check(targets: Sequence[str] = tuple(TARGETS), match: str = "", workers: int | None = None) -> list[Row]:
-    """A row per kernel and target. match: regular expression on the example's or the kernel's name.
+    """A row per kernel and target. match: regular expression on the example's name.
 
     Raises UnknownNameError for a target and ConfigError where kernels were loaded for the interpreter.
     """
@@ -34,10 +34,7 @@ def check(targets: Sequence[str] = tuple(TARGETS), match: str = "", workers: int
             raise UnknownNameError("target", name, TARGETS)
     if interpreted():
         raise ConfigError("TRITON_INTERPRET is set, so that nothing can be compiled; unset it")
-    chosen = [e.name for e in examples() if re.search(match, e.name)]
-    if not chosen:
-        raise ConfigError(f"no example matches {match!r}; there are {', '.join(e.name for e in examples())}")
-    jobs = [(name, target) for name in chosen for target in targets]
+    jobs = [(example.name, target) for example in chosen(match) for target in targets]
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers == 1:
         made = [check_example(*job) for job in jobs]

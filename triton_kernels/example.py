@@ -5,6 +5,7 @@ Each operation's folder has an examples.py with a list EXAMPLES; `examples()` co
 
 import importlib.util
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lmcache_blend.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,14 @@ def examples() -> tuple[Example, ...]:
         if importlib.util.find_spec(name):
             found += importlib.import_module(name).EXAMPLES
     return tuple(found)
+
+
+def chosen(match: str) -> list[Example]:
+    """Examples whose name has a match of the regular expression; raises ConfigError where there is none."""
+    found = [e for e in examples() if re.search(match, e.name)]
+    if not found:
+        raise ConfigError(f"no example matches {match!r}; there are {', '.join(e.name for e in examples())}")
+    return found
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -6,17 +6,15 @@ a wall clock.
 
 import math
 import platform
-import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmcache_blend.errors import ConfigError
-from lmcache_blend.triton_kernels.example import Example, examples, moved_bytes, tensors
+from lmcache_blend.triton_kernels.example import Example, chosen, moved_bytes, tensors
 
 Row = dict[str, Any]
 BUDGET_S = 0.5
@@ -56,14 +54,6 @@ def copy_bandwidth(device: torch.device) -> float:
 def validate(device: torch.device, small: bool = False, match: str = "") -> list[Row]:
     """A row per example: whether the result is right, how far off, how long it takes."""
     return [validate_example(e, device, small) for e in chosen(match)]
-
-
-def chosen(match: str) -> Sequence[Example]:
-    """Examples whose name has a match of the regular expression; raises ConfigError where there is none."""
-    found = [e for e in examples() if re.search(match, e.name)]
-    if not found:
-        raise ConfigError(f"no example matches {match!r}; there are {', '.join(e.name for e in examples())}")
-    return found
 
 
 def validate_example(example: Example, device: torch.device, small: bool) -> Row:

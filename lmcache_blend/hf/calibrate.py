@@ -31,19 +31,18 @@ class Documents:
 
     def __init__(self, target: FitTarget, files: Sequence[Path], rotary: RotaryTable | None = None):
         self.target, self._files = target, [safe_open(path, "pt") for path in files]
-        self._rotary = rotary
         self.ids: Sequence[Tensor] = [f.get_tensor("ids") for f in self._files]
         self.texts = frozenset(text_digest(x) for x in self.ids)
         self.lengths: Sequence[int] = [len(x) - SINKS for x in self.ids]
+        self._angles = rotary and [rotary.at(torch.arange(SINKS, SINKS + n)) for n in self.lengths]
 
     def kv(self, layer: int) -> tuple[Tensor, Tensor]:
         pair = self._rows(f"k{layer}"), self._rows(f"v{layer}")
-        if self._rotary is None:
+        if self._angles is None:
             return pair
         hk, dk, hv, dv = self.target.shapes[layer]
         documents = []
-        for parts in zip(*(x.split(list(self.lengths)) for x in pair), strict=True):
-            angles = self._rotary.at(torch.arange(SINKS, SINKS + len(parts[0])))
+        for angles, *parts in zip(self._angles, *(x.split(list(self.lengths)) for x in pair), strict=True):
             heads = (x.unflatten(1, size).transpose(0, 1) for x, size in zip(parts, ((hk, dk), (hv, dv)), strict=True))
             documents.append([x.transpose(0, 1).flatten(1) for x in angles.rotate(layer, *heads)])
         k, v = (torch.cat(parts) for parts in zip(*documents, strict=True))

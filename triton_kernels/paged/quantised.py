@@ -169,9 +169,7 @@ def _run_gather(
         return quantise_reference(x, per_token, group, bits, symmetric, pairing_of(bits, interleaved))
     from lmcache_blend.triton_kernels.paged import store_kernels
 
-    codes = cache.new_empty(heads, tokens, dim * bits // 8, dtype=torch.uint8)
-    steps = cache.new_empty(shape, dtype=torch.float16)
-    zeros = cache.new_empty((0,) if symmetric else shape, dtype=torch.float16)
+    codes, steps, zeros = _fake_gather(cache, bits, per_token, group, symmetric, positions, block_table, start, count)
     tables, turn, half = _tables(cache, cos, sin)
     if per_token:
         kernel, pairs = store_kernels.gather_quantised_tokens_kernel, power_of_2(dim // 2)
