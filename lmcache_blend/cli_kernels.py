@@ -47,9 +47,10 @@ def _check(arguments: argparse.Namespace, write_json: Any) -> None:
 
     _need_triton()
     rows = check((arguments.targets or ",".join(TARGETS)).split(","), arguments.match)
-    columns = ("kernel", "target", "registers", "spills", "shared_bytes", "loads_128", "stores_128", "tensor_core",
-               "instructions_per_symbol", "floor_us")  # fmt: skip
-    _show(rows, columns, arguments.json, write_json, rows)
+    columns = {"target": "", "registers": "regs", "spills": "spills", "shared_bytes": "shared", "loads_128": "ld128",
+               "stores_128": "st128", "tensor_core": "tensor", "instructions_per_symbol": "instr/sym",
+               "floor_us": "floor us"}  # fmt: skip
+    _show(rows, columns, arguments.json, write_json, rows, group="kernel")
     bad = [f"{r['kernel']} on {r['target']}: {', '.join(r['problems'])}" for r in rows if not r["ok"]]
     if bad:
         raise errors.KernelError(f"{len(bad)} of {len(rows)} break a rule: {'; '.join(bad)}")
@@ -62,7 +63,8 @@ def _validate(arguments: argparse.Namespace, write_json: Any) -> None:
     # The references of real sizes take minutes on a CPU.
     small = arguments.small or device.type == "cpu"
     result = {"environment": environment(device), "small": small, "rows": validate(device, small, arguments.match)}
-    columns = ("example", "ok", "error_ratio", "tolerance", "ms", "bytes_per_s", "flops_per_s")
+    columns = {"example": "example", "ok": "ok", "error_ratio": "error", "tolerance": "at most", "ms": "ms",
+               "bytes_per_s": "bytes/s"}  # fmt: skip
     _show(result["rows"], columns, arguments.json, write_json, result)
     bad = [f"{r['example']}: {r.get('problem') or r['error_ratio']}" for r in result["rows"] if not r["ok"]]
     if bad:
@@ -75,7 +77,8 @@ def _bench(arguments: argparse.Namespace, write_json: Any) -> None:
     device = present_device()
     rows = bench(device, arguments.match, arguments.small)
     result = {"environment": environment(device), "small": arguments.small, "rows": rows}
-    _show(rows, ("example", "provider", "ms", "bytes_per_s", "ratio", "note"), arguments.json, write_json, result)
+    columns = {"provider": "", "ms": "ms", "bytes_per_s": "bytes/s", "ratio": "ratio", "note": ""}
+    _show(rows, columns, arguments.json, write_json, result, group="example")
 
 
 def _need_triton() -> None:
@@ -85,30 +88,33 @@ def _need_triton() -> None:
         raise errors.ConfigError("triton is not installed, so that nothing can be compiled; pip install triton==3.7.1")
 
 
-def _show(rows: Sequence[dict], columns: Sequence[str], target: str | None, write_json: Any, value: Any) -> None:
+def _show(
+    rows: Sequence[dict], columns: dict[str, str], target: str | None, write_json: Any, value: Any, group: str = ""
+) -> None:
     if target:
         write_json(value, target)
     if target != "-":
-        print_table(rows, columns)
+        print_table(rows, columns, group)
 
 
-def print_table(rows: Sequence[dict], columns: Sequence[str]) -> None:
-    """Rows as a table, a line each."""
-    from rich.console import Console
-    from rich.table import Table
+def print_table(rows: Sequence[dict], columns: dict[str, str], group: str = "") -> None:
+    """A line a row, for terminals of 80 columns. columns: field -> its head. group: a field that heads its rows."""
+    lines = [list(columns.values()), *([_cell(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for i, line in enumerate(lines):
+        if group and i and (i == 1 or rows[i - 2][group] != rows[i - 1][group]):
+            print(rows[i - 1][group])
+        cells = zip(columns, line, widths, strict=True)
+        text = "  ".join(x.ljust(w) if name in TEXT else x.rjust(w) for name, x, w in cells)
+        print(f"{'  ' if group else ''}{text}".rstrip())
 
-    table = Table(box=None)
-    for name in columns:
-        table.add_column(name.replace("_", " "), overflow="fold", justify="left" if name in TEXT else "right")
-    for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in columns))
-    Console().print(table)
 
-
-TEXT = {"kernel", "example", "target", "provider", "note"}
+TEXT = {"target", "example", "provider", "note"}
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
     if isinstance(value, float):
         return f"{value:.3g}"
     return "" if value is None else str(value)

@@ -41,7 +41,10 @@ def check(targets: Sequence[str] = tuple(TARGETS), match: str = "", workers: int
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             made = list(pool.map(check_example, *zip(*jobs, strict=True)))
-    return [row for rows in made for row in rows]
+    # The targets of one kernel one below the other.
+    rows = [row for rows in made for row in rows]
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
+    return sorted(rows, key=lambda row: kernels.index(row["kernel"]))
 
 
 def check_example(name: str, target_name: str) -> list[Row]:
