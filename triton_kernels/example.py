@@ -25,8 +25,8 @@ class Example:
     run: the operation. reference: the same in plain torch, in float64 where it has floats. tolerance: largest allowed
     RMS(result - reference) / RMS(reference) of each float tensor; integers and booleans must be equal.
     moved: (arguments, result) -> bytes that have to be read and written once; None counts every tensor once.
-    flops: of the arguments. rivals: name -> call with the same arguments, timed beside it; a rival that needs what is
-    not installed or not on this device raises ImportError or NotImplementedError.
+    flops: of the arguments. rivals: name -> call with the same arguments, timed beside it; one that needs what is not
+    installed or not on this device raises, and is noted.
 
     For the compiler, by kernel name: streaming ones must load and store 128 bits at a time, matmul ones must use tensor
     cores; coder ones name the symbols that an iteration of the innermost loop decodes.

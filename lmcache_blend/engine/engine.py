@@ -135,7 +135,8 @@ class KVEngine(Operations):
         """Whole chunks, checked; None for a miss of any cause. The tensors are not to be written to.
 
         Chunks in this process's memory are not copied: their tensors keep the memory for as long as they live.
-        into: per key a buffer (uint8, at least as long as the value), of which the chunk's tensors become views.
+        into: per key a buffer (uint8, at least as long as the value), of which the chunk's tensors become views. Where
+        the answer is None a tier that timed out may still write to the buffer: give it up.
         """
         return [chunk for chunk, _ in self.fetch(keys, into)]
 

@@ -67,22 +67,30 @@ def selected_rows(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`ops.selective_attention` of dense keys: (out [B, Hq, N, Dv], log-sum-exp [B, Hq, N])."""
+    """`ops.selective_attention` of dense keys: (out [B, Hq, N, Dv], log-sum-exp [B, Hq, N] or nothing)."""
     b, hq, n, _ = q.shape
-    out, sums = (
-        q.new_empty(b, n, hq, v.shape[-1]).transpose(1, 2),
-        q.new_empty(b, n, hq, dtype=torch.float32).transpose(1, 2),
-    )
+    out = q.new_empty(b, n, hq, v.shape[-1]).transpose(1, 2)
+    sums = q.new_empty((b, n, hq) if need_lse else (0, 1, 1), dtype=torch.float32).transpose(1, 2)
+    # Products of 16-bit matrices are several times slower than casting both, on CPUs without AMX.
+    q, k, v = q.float(), k.float(), v.float()
     for i in range(0, n, BLOCK_ROWS):
         rows = slice(i, i + BLOCK_ROWS)
         end = min(int(positions[:, rows].max()) + 1, k.shape[2])
-        weights, lse = weigh(
-            q[:, :, rows], k[:, :, :end], additive(positions[:, rows], end, window, mask, rows), scale, soft_cap
-        )
-        out[:, :, rows] = _mix(weights, v[:, :, :end])
-        sums[:, :, rows] = lse.reshape(sums[:, :, rows].shape)
-    return out, sums
+        hidden = additive(positions[:, rows], end, window, mask, rows)
+        if need_lse or soft_cap is not None:
+            weights, lse = weigh(q[:, :, rows], k[:, :, :end], hidden, scale, soft_cap)
+            out[:, :, rows] = _mix(weights, v[:, :, :end])
+            if need_lse:
+                sums[:, :, rows] = lse.reshape(sums[:, :, rows].shape)
+        else:
+            part = F.scaled_dot_product_attention(
+                q[:, :, rows], k[:, :, :end], v[:, :, :end], hidden[:, 0], scale=scale, enable_gqa=True
+            )
+            nothing = (positions[:, rows] < 0)[:, None, :, None]
+            out[:, :, rows] = torch.where(nothing, 0.0, part)
+    return out, sums if need_lse else sums.flatten()
 
 
 def key_mass(
@@ -97,6 +105,7 @@ def key_mass(
 ) -> Tensor:
     """`ops.attention_mass` of dense keys: mean weight of each key [B, Hq, T]."""
     n, mass = q.shape[2], q.new_zeros(*q.shape[:2], k.shape[2], dtype=torch.float32)
+    q, k = q.float(), k.float()
     for i in range(0, n, PROBE_ROWS):
         rows = slice(i, i + PROBE_ROWS)
         weights, _ = weigh(

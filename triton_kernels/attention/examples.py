@@ -68,8 +68,21 @@ class Case:
         seen = visible_keys(positions, k.shape[2], self.window)[:, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
+    def flashinfer(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+        """FlashInfer's prefill of one request over gathered keys with a dense mask."""
+        if not q.is_cuda or len(q) > 1:
+            raise NotImplementedError("flashinfer takes one request with a mask, on CUDA")
+        import flashinfer  # pyright: ignore[reportMissingImports]
+
+        k, v = (dense(x, table)[0].transpose(0, 1).contiguous() for x in (k, v))
+        seen = visible_keys(positions, len(k), self.window)[0]
+        return flashinfer.single_prefill_with_kv_cache(
+            q[0].transpose(0, 1).contiguous(), k, v, custom_mask=seen, logits_soft_cap=self.soft_cap
+        )
+
     def example(self, name: str, kernels: tuple[str, ...] = ("attention_kernel",), **options: Any) -> Example:
-        named = {"run": self.run, "reference": lambda *a: self.wide(*a)[:2], "rivals": {"sdpa": self.sdpa}}
+        rivals = {"sdpa": self.sdpa, "flashinfer": self.flashinfer}
+        named = {"run": self.run, "reference": lambda *a: self.wide(*a)[:2], "rivals": rivals}
         return Example(
             name, self.make, flops=self.flops, matmul=kernels, **{**named, "tolerance": TOLERANCE, **options}
         )

@@ -167,8 +167,7 @@ def _run_attention(
     if not on_triton(q, k, v, positions, block_table, mask):
         if block_table is not None:
             k, v = dense(k, block_table), dense(v, block_table)
-        out, lse = cpu.selected_rows(q, k, v, positions, mask, scale, window, soft_cap)
-        return out, lse if need_lse else lse.new_empty(0)
+        return cpu.selected_rows(q, k, v, positions, mask, scale, window, soft_cap, need_lse)
     from lmcache_blend.triton_kernels.attention.kernels import attention_kernel, merge_kernel
 
     q, k, v, mask, positions = (_dims_contiguous(x) for x in (q, k, v, mask, positions))  # pyright: ignore[reportAssignmentType]

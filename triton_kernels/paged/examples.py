@@ -53,19 +53,24 @@ def _run_scatter(piece, layout, cache, x, positions, table, turn) -> Tensor:
     return cache
 
 
-def _wide_turn(turn: Turn | None, piece: RotarySlice | None) -> tuple:
+def _angles(turn: Turn | None, piece: RotarySlice | None, dtype: torch.dtype) -> tuple:
     if turn is None or piece is None:
         return ()
-    return turn.cos.double(), turn.sin.double(), piece.start, piece.pairing == "interleaved"
+    return turn.cos.to(dtype), turn.sin.to(dtype), piece.start, piece.pairing == "interleaved"
 
 
 def _nhd(cache: Tensor, layout: str) -> Tensor:
     return cache if layout == "NHD" else cache.transpose(1, 2)
 
 
+def _torch_scatter(piece, layout, cache, x, positions, table, turn) -> Tensor:
+    scatter_reference(_nhd(cache, layout), x, positions, table, 0, *_angles(turn, piece, x.dtype))
+    return cache
+
+
 def _wide_scatter(piece, layout, cache, x, positions, table, turn) -> Tensor:
     cache = cache.double()
-    scatter_reference(_nhd(cache, layout), x.double(), positions, table, 0, *_wide_turn(turn, piece))
+    scatter_reference(_nhd(cache, layout), x.double(), positions, table, 0, *_angles(turn, piece, torch.float64))
     return cache
 
 
@@ -78,8 +83,12 @@ def _run_gather(piece, layout, cache, positions, table, turn) -> Tensor:
     return gather(cache, positions, table, 0, 0, turn, piece, layout)
 
 
+def _torch_gather(piece, layout, cache, positions, table, turn) -> Tensor:
+    return gather_reference(_nhd(cache, layout), positions, table, 0, 0, *_angles(turn, piece, cache.dtype))
+
+
 def _wide_gather(piece, layout, cache, positions, table, turn) -> Tensor:
-    return gather_reference(_nhd(cache, layout).double(), positions, table, 0, 0, *_wide_turn(turn, piece))
+    return gather_reference(_nhd(cache, layout).double(), positions, table, 0, 0, *_angles(turn, piece, torch.float64))
 
 
 def _moved_scatter(args: tuple, result: Tensor) -> int:
@@ -97,10 +106,12 @@ def _plain(name: str, dim: int, piece: RotarySlice | None, layout: str = "NHD") 
         Example(
             f"scatter_{name}", partial(_scatter_args, dim, piece, layout), partial(_run_scatter, piece, layout),
             partial(_wide_scatter, piece, layout), 4e-3, _moved_scatter, streaming=("scatter_kernel",),
+            rivals={"torch": partial(_torch_scatter, piece, layout)},
         ),
         Example(
             f"gather_{name}", partial(_gather_args, dim, piece, layout), partial(_run_gather, piece, layout),
             partial(_wide_gather, piece, layout), 4e-3, _moved_gather, streaming=("gather_kernel",),
+            rivals={"torch": partial(_torch_gather, piece, layout)},
         ),
     ]  # fmt: skip
 

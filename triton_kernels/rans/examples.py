@@ -1,5 +1,6 @@
 """rANS of a chunk of 256 tokens: 16 layers' keys of 1,024 channels; small: 3 of 24."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -199,8 +200,34 @@ def exact_reference(*args: Any) -> tuple:
     return q.to(states.device), word_starts.diff(), ends
 
 
+def _nvcomp(x: Tensor) -> tuple[Any, Any]:
+    """nvCOMP's ANS codec, of DietGPU's kind, and x in its hands."""
+    if not x.is_cuda:
+        raise NotImplementedError("nvcomp runs on CUDA")
+    from nvidia import nvcomp  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+
+    return nvcomp.Codec(algorithm="ANS"), nvcomp.as_array(x)
+
+
+def _nvcomp_encode(q: Tensor, rows: ops.Rows, t: ops.EncodeTables) -> Any:
+    """The same values as bytes."""
+    codec, data = _nvcomp(q.to(torch.uint8))
+    return codec.encode(data)
+
+
+@cache
+def _nvcomp_coded(device: torch.device, small: bool) -> Any:
+    return _nvcomp_encode(values(small)[0].to(device), *encode_args(CPU, small)[1:])
+
+
+def _nvcomp_decode(*args: Any) -> Any:
+    words, rows = args[0], args[5]
+    codec, _ = _nvcomp(words)
+    return codec.decode(_nvcomp_coded(words.device, len(rows.streams) == 4))
+
+
 EXAMPLES = [
-    Example("rans_encode", encode_args, encode, encode_reference),
+    Example("rans_encode", encode_args, encode, encode_reference, rivals={"nvcomp ANS": _nvcomp_encode}),
     Example(
         "rans_decode",
         decode_args,
@@ -208,6 +235,7 @@ EXAMPLES = [
         decode_reference,
         # Compressed words and escapes once, values once; tables stay in the caches.
         moved=lambda args, result: 2 * len(args[0]) + 2 * len(args[3]) + 2 * args[6],
+        rivals={"nvcomp ANS": _nvcomp_decode},
         coder={"decode_streams": 32 * ops.UNROLL},
     ),
     Example(
@@ -224,6 +252,7 @@ EXAMPLES = [
         ops.decode_lanes,
         decode_lanes_reference,
         moved=lambda args, result: 2 * len(args[0]) + result[0].numel(),
+        rivals={"torch": decode_lanes_reference},
         coder={"decode_lanes": 32 * ops.UNROLL},
     ),
 ]

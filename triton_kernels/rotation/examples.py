@@ -39,8 +39,9 @@ def _wide(reference, options: dict):
 
 def _example(name: str, make, run, reference, options: dict) -> Example:
     return Example(
-        name, make, partial(run, **options), _wide(reference, options), tolerance=4e-3, streaming=("rotate_kernel",)
-    )
+        name, make, partial(run, **options), _wide(reference, options), tolerance=4e-3, streaming=("rotate_kernel",),
+        rivals={"torch": partial(reference, **options)},
+    )  # fmt: skip
 
 
 EXAMPLES = [
