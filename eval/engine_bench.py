@@ -9,8 +9,10 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,8 @@ from lmcache_blend.types import KVChunk
 CHUNK_TOKENS = 256
 PATIENT = {"timeout_s": 600.0}  # a busy machine is no fault
 THREADS = (1, 2)
+DEPTHS = (1, 4, 16)
+"""Values in one pipeline of the bare Redis client; the fastest is the limit."""
 LOOKUP_CHUNKS, LOOKUP_TOKENS = 20_000, 256
 
 
@@ -145,24 +149,47 @@ def disk(folder: Path, keys, chunks, buffers, sources, rounds: int) -> list[dict
 def remote(url: str, keys, chunks, buffers, rounds: int) -> list[dict[str, Any]]:
     """Against a bare pipelined client where one is known (Redis), with values of the same size."""
     total = sum(b.nbytes for b in buffers)
-    limits = {"write": 0.0, "read": 0.0}
-    with KVEngine(tiers=[{"tier": url, "faults": PATIENT}], max_pending_bytes=2 * total) as engine:
+    with (
+        KVEngine(tiers=[{"tier": url, "faults": PATIENT}], max_pending_bytes=2 * total) as engine,
+        _bare_client(url, buffers) as plain,
+    ):
         name = engine.levels[0].name
 
         def write() -> float:
             engine.clear()
             return timed(lambda: engine.store(keys, chunks, wait=True))
 
-        found = turns(rounds, write=write, read=lambda: timed(lambda: served(engine, keys, buffers)))
+        found = turns(rounds, write=write, read=lambda: timed(lambda: served(engine, keys, buffers)), **plain)
         engine.clear()
-    if name.startswith("redis"):
-        from lmcache_blend.eval.redis_peer import bare_client
+    limits = {op: min((s for n, s in found.items() if n.startswith(f"plain {op}")), default=None) for op in found}
+    return [row(name, op, len(keys), total, found[op], limits[op], "bare pipelined client") for op in ("write", "read")]
 
-        limits = bare_client(url, buffers, repeat=rounds)
-    return [
-        row(name, op, len(keys), total, found[op], total / limits[op] if limits[op] else None, "bare pipelined client")
-        for op in ("write", "read")
-    ]
+
+@contextmanager
+def _bare_client(url: str, buffers: Sequence[np.ndarray]) -> Iterator[dict[str, Callable[[], float]]]:
+    """Runs "plain write N" and "plain read N" of redis-py with hiredis, N values a pipeline; none for other servers."""
+    if not url.startswith("redis"):
+        yield {}
+        return
+    import redis
+
+    client = redis.Redis.from_url(url.replace("redis+unix:", "unix:"))
+    values = {f"bare:{i}": bytes(b) for i, b in enumerate(buffers)}
+
+    def run(depth: int, put: bool) -> float:
+        began, names = time.perf_counter(), list(values)
+        for at in range(0, len(names), depth):
+            pipe = client.pipeline(transaction=False)
+            for name in names[at : at + depth]:
+                pipe.set(name, values[name]) if put else pipe.get(name)
+            pipe.execute()
+        return time.perf_counter() - began
+
+    try:
+        yield {f"plain {op} {n}": partial(run, n, op == "write") for n in DEPTHS for op in ("write", "read")}
+    finally:
+        client.delete(*values)
+        client.close()
 
 
 def lookup(rounds: int) -> dict[str, Any]:
