@@ -30,7 +30,8 @@ CURRENT: ContextVar["Forward | None"] = ContextVar("lmcache_blend_forward", defa
 
 # Attention arguments that row_attention need not know; any other one that is set goes to the model's own eager code.
 _HARMLESS = {"dropout", "scaling", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache",
-             "output_attentions", "output_hidden_states", "position_embeddings", "past_key_values"}  # fmt: skip
+             "output_attentions", "output_hidden_states", "position_embeddings", "past_key_values",
+             "cache"}  # fmt: skip
 
 
 class Stop(Exception):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class HFRunner:
         self.fingerprint = _fingerprint(model)
         self.pool: KVPool | None = None
         self._lock = threading.Lock()
+        # Its name since transformers 5.24.
+        self._cache_argument = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
         for i, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(self._hook(i), with_kwargs=True)
 
@@ -106,9 +109,9 @@ class HFRunner:
                 out = self.model(
                     input_ids=ids,
                     position_ids=positions,
-                    past_key_values=RowCache(forward, self.num_layers),
                     use_cache=True,
                     logits_to_keep=logits,
+                    **{self._cache_argument: RowCache(forward, self.num_layers)},
                 )
                 return out.logits.float()
             except Stop:
