@@ -12,7 +12,6 @@ another's name a miss. The checksum tells damage, not malice: who can write to a
 Values in this process's own memory go without checksums ("checked": false).
 """
 
-import ctypes
 import json
 import struct
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from torch import Tensor
 from lmcache_blend.codecs import Codec, PipelineCodec
 from lmcache_blend.codecs.container import DTYPES, MAX_LAYERS, Container, Shape, parse_header, runs
 from lmcache_blend.codecs.pipeline import NAMES
+from lmcache_blend.engine.copying import copy
 from lmcache_blend.engine.tiers.base import Part
 from lmcache_blend.errors import ConfigError, CorruptChunkError
 from lmcache_blend.types import KVChunk, Pair
@@ -222,7 +222,7 @@ class Blank:
                 raise ConfigError(f"layer {layer} is {x.dtype} {list(x.shape)}, not {dtype} {list(shape)}")
             size = x.nbytes
             if x.is_cpu and x.is_contiguous():
-                ctypes.memmove(base + at, x.data_ptr(), size)
+                copy(base + at, x.data_ptr(), size)
             elif size:
                 piece = torch.from_numpy(slot[at : at + size]).view(x.dtype).view(x.shape)
                 piece.copy_(x.detach(), non_blocking=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lmcache_blend.engine.arena import Arena, HugePages
+from lmcache_blend.engine.copying import copy
 from lmcache_blend.engine.tiers.base import (
     ABSENT,
     Entry,
@@ -98,7 +99,7 @@ class CpuTier:
             elif at + buffer.nbytes > slot.size:
                 out.append(Miss("corrupt", f"{slot.size} bytes end before {at + buffer.nbytes}"))
             else:
-                np.frombuffer(buffer, np.uint8)[:] = slot[at : at + buffer.nbytes]
+                copy(np.frombuffer(buffer, np.uint8).ctypes.data, slot.ctypes.data + at, buffer.nbytes)
                 out.append(buffer.nbytes)
         return out
 
