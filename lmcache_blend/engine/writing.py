@@ -69,11 +69,13 @@ class Writing:
             if known or key in self.pending:
                 out.append(True)
                 continue
-            mine, targets = self._fill_top(key, chunk, cost), tuple(below)
-            if mine is None:
+            slot, targets, mine = self._fill_top(key, chunk, cost), tuple(below), None
+            if slot is None:
                 mine, targets = chunk if borrow else self._stage(key, chunk), (0, *below)
-            out.append(mine is not None)
-            if mine is not None and targets:
+            elif targets:
+                mine = _view(key, slot)
+            out.append(slot is not None or mine is not None)
+            if mine is not None:
                 batch = batches.setdefault(targets, [])
                 batch.append(Waiting(key, mine, cost))
                 if sum(w.chunk.nbytes for w in batch) >= BATCH_BYTES:
@@ -83,8 +85,8 @@ class Writing:
         self._relieve()
         return out
 
-    def _fill_top(self, key: bytes, chunk: KVChunk, cost: float) -> KVChunk | None:
-        """Copy a chunk into its place in the first tier; None where that has no room at once, or codes its chunks."""
+    def _fill_top(self, key: bytes, chunk: KVChunk, cost: float) -> np.ndarray | None:
+        """Copy a chunk into its slot of the first tier; None where that has no room at once, or codes its chunks."""
         if self.top.memory is None or self.top.codec is not None:
             return None
         blank = values.Blank.of(key, chunk)
@@ -92,7 +94,7 @@ class Writing:
         if slot is None:
             return None
         blank.fill(slot, chunk.layers)
-        return _view(key, slot) if self.commit(key, slot, cost, dirty=len(self.levels) > 1) else None
+        return slot if self.commit(key, slot, cost, dirty=len(self.levels) > 1) else None
 
     def _stage(self, key: bytes, chunk: KVChunk) -> KVChunk | None:
         """Copy a chunk into memory of our own, from which it is served until it is written; None where that is full."""
