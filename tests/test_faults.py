@@ -191,16 +191,16 @@ def test_files_under_each_others_names_are_misses(tmp_path):
 
 
 def test_a_full_disk_is_a_refused_store(tmp_path, monkeypatch):
-    plain, room = os.writev, [40_000]
+    plain, room = os.pwritev, [40_000]
 
-    def writev(fd, pieces):
+    def pwritev(fd, pieces, offset):
         if room[0] <= 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        n = plain(fd, [memoryview(b"".join(pieces))[: room[0]]])
+        n = plain(fd, [memoryview(b"".join(pieces))[: room[0]]], offset)
         room[0] -= n
         return n
 
-    monkeypatch.setattr(os, "writev", writev)
+    monkeypatch.setattr(os, "pwritev", pwritev)
     with KVEngine(tiers=[{"tier": "disk", "path": str(tmp_path)}]) as e:
         e.store(keys(9), [chunk(i) for i in range(9)], wait=True)
         kept = [i for i, item in enumerate(e.retrieve(keys(9))) if item is not None]

@@ -66,4 +66,4 @@ def _streaming(typing_context: Any, target: Any, source: Any, nbytes: Any) -> An
 
 @numba.njit(nogil=True, cache=True)
 def _stream(target: int, source: int, nbytes: int) -> None:
-    _streaming(target, source, nbytes)
+    _streaming(target, source, nbytes)  # pyright: ignore[reportCallIssue]

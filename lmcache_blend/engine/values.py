@@ -14,10 +14,10 @@ Values in this process's own memory go without checksums ("checked": false).
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from lmcache_blend.codecs import Codec, PipelineCodec
 from lmcache_blend.codecs.container import DTYPES, MAX_LAYERS, Container, Shape, parse_header, runs
 from lmcache_blend.codecs.pipeline import NAMES
 from lmcache_blend.engine.copying import copy
-from lmcache_blend.engine.tiers.base import Part
+from lmcache_blend.engine.tiers.base import Part, Value
 from lmcache_blend.errors import ConfigError, CorruptChunkError
 from lmcache_blend.types import KVChunk, Pair
 
@@ -136,7 +136,52 @@ class Head:
                 raise CorruptChunkError(f"layer {i} does not decode to the shapes that the value's head names")
 
 
-def encode(key: bytes, chunk: KVChunk, codec: Codec | None = None) -> list[Part]:
+class RawValue(Sequence[Part]):
+    """The pieces of a raw value, checked when they are asked for: the first one, the head, needs all the others.
+
+    Whoever writes at any offset takes `scattered`, and reads K and V from memory once: each group right before it is
+    written is in the processor's cache. nbytes: of the whole.
+    """
+
+    def __init__(
+        self, key: bytes, text: bytes, spans: list[tuple[int, int]], nbytes: int, segments: Sequence[Sequence[Part]]
+    ):
+        self.nbytes = nbytes
+        self._head = lambda digests: _head(key, nbytes, text, spans, digests)
+        self._spans, self._segments = spans, segments
+        self._whole: list[Part] = []
+
+    def scattered(self) -> Iterator[tuple[int, Sequence[Part]]]:
+        """(offset, pieces) of everything but zeros between segments."""
+        digests = []
+        for (start, _), pieces in zip(self._spans, self._segments, strict=True):
+            digests.append(_digest(pieces))
+            yield start, pieces
+        yield 0, [self._head(digests)]
+
+    def _pieces(self) -> list[Part]:
+        if not self._whole:
+            *segments, (_, (head,)) = self.scattered()
+            whole: list[Part] = [head]
+            at = len(head)
+            for start, pieces in segments:
+                whole += [bytes(start - at), *pieces]
+                at = start + sum(map(len, pieces))
+            self._whole = whole
+        return self._whole
+
+    def __len__(self) -> int:
+        return len(self._pieces())
+
+    @overload
+    def __getitem__(self, index: int) -> Part: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Part]: ...
+    def __getitem__(self, index: int | slice) -> Part | list[Part]:
+        return self._pieces()[index]
+
+
+def encode(key: bytes, chunk: KVChunk, codec: Codec | None = None) -> Value:
     """A value in pieces; raw K and V are not copied, so the chunk must not change until the pieces are written.
 
     Raises ConfigError for what cannot be stored.
@@ -159,11 +204,12 @@ def encode(key: bytes, chunk: KVChunk, codec: Codec | None = None) -> list[Part]
     ids, meta = _ids(chunk.tokens), _meta(chunk, groups, config, checked=True)
     sizes, text = [sum(map(len, p)) for p in parts], _dump(meta)
     spans, total = _spans(meta, len(text), len(ids), sizes, len(lead), len(tail))
-    pieces = [[ids], *parts, *([] if codec is None else [[lead]])]
+    if codec is None:
+        return RawValue(key, text, spans, total, [[ids], *parts])
+    pieces = [[ids], *parts, [lead]]
     out: list[Part] = [_head(key, total, text, spans, [_digest(p) for p in pieces])]
     at = len(out[0])
-    order = [0, *range(1, len(pieces))] if codec is None else [0, len(pieces) - 1, *range(1, len(pieces) - 1)]
-    for i in order:
+    for i in (0, len(pieces) - 1, *range(1, len(pieces) - 1)):
         out += [bytes(spans[i][0] - at), *pieces[i]]
         at = sum(spans[i])
     return [*out, tail]

@@ -33,7 +33,11 @@ FAULTS = frozenset({"timeout", "error"})
 
 Part = bytes | bytearray | memoryview
 Value = Sequence[Part]
-"""One value in pieces that are written one after another (header, then tensors), so that nothing is joined first."""
+"""One value in pieces that are written one after another (header, then tensors), so that nothing is joined first.
+
+It may also have `nbytes`, the whole, and `scattered()`, which gives (offset, pieces) in the order that is cheapest to
+write where any order is possible; bytes that none of them covers are zero.
+"""
 
 
 class Miss(NamedTuple):
@@ -203,4 +207,6 @@ def check_keys(keys: Sequence[bytes]) -> None:
 
 def size_of(value: Value) -> int:
     """Bytes of a value, over all pieces."""
+    if (known := getattr(value, "nbytes", None)) is not None:
+        return known
     return sum(len(part) if isinstance(part, bytes | bytearray) else part.nbytes for part in value)

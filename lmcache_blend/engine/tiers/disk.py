@@ -242,9 +242,20 @@ def _size(path: str) -> int:
 
 
 def _write(fd: int, value: Value) -> None:
+    scattered = getattr(value, "scattered", None)
+    if scattered is None:
+        _write_at(fd, value, 0)
+        return
+    os.ftruncate(fd, size_of(value))
+    for offset, pieces in scattered():
+        _write_at(fd, pieces, offset)
+
+
+def _write_at(fd: int, value: Value, offset: int) -> None:
     pieces = [memoryview(part).cast("B") for part in value if len(part)]
     while pieces:
-        done = os.writev(fd, pieces[:MAX_PIECES])
+        done = os.pwritev(fd, pieces[:MAX_PIECES], offset)
+        offset += done
         at = 0
         while at < len(pieces) and done >= len(pieces[at]):
             done -= len(pieces[at])
