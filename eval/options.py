@@ -123,7 +123,12 @@ def route_options(
     fields = {method: policy_fields(method) for method in methods}
     of_task = task_options(task) if task else ()
     of_backend = ServingOptions.model_fields if backend == "vllm" else ()
-    known = {*HarnessOptions.model_fields, *of_backend, *of_task, *(name for names in fields.values() for name in names)}
+    known = {
+        *HarnessOptions.model_fields,
+        *of_backend,
+        *of_task,
+        *(name for names in fields.values() for name in names),
+    }
     for key in options:
         if key not in known:
             raise ConfigError(f"unknown option {key!r}: {nearest(key, known)}")

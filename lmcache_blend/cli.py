@@ -26,7 +26,7 @@ BAD_INPUT = (
 
 OPTION_HELP = (
     "a setting of a policy, the task or the run loop (chunk_tokens, max_new_tokens, generate=false, "
-    "long_context=skip|truncate)"
+    "long_context=skip|truncate), with --backend vllm also concurrency, server=URL, warmup, enforce_eager"
 )
 ENCODE_HELP = "before a passage whose KV is computed for the store: nothing, BOS, or the instruction prefix"
 
@@ -97,7 +97,7 @@ def parser() -> Parser:
         metavar="SPEC[,SPEC...]",
         help="id or JSON of the stored KV's codec (default raw)",
     )
-    run.add_argument("--backend", choices=["hf"], default="hf", help="engine that runs the model")
+    run.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="engine that runs the model")
     run.add_argument("--limit", type=int, default=50, metavar="N", help="at most so many samples (default 50)")
     run.add_argument(
         "--seed",
@@ -157,6 +157,7 @@ def _run(arguments: argparse.Namespace) -> None:
         options=dict(parse_option(text) for text in arguments.option),
         encode=arguments.encode,
         dtype=arguments.dtype,
+        backend=arguments.backend,
         output=arguments.output,
     )
     from transformers.utils import logging

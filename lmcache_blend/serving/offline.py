@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from lmcache_blend.serving.launch import CONNECTOR, environment, on_cpu, require_vllm
+from lmcache_blend.serving import CONNECTOR
+from lmcache_blend.serving.launch import environment, on_cpu, require_vllm
 from lmcache_blend.serving.requests import FORCED, Answer, Request
 
 

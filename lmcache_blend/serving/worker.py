@@ -166,6 +166,9 @@ class WorkerHalf:
             stages_ms={k: round(v, 3) for k, v in trace.stages_ms.items()},
             segments=[[start, end, kind] for start, end, kind in trace.hits],
             rows=len(trace.rows[-1]),
+            rows_per_layer=[len(rows) for rows in trace.rows],
+            compute_fraction=round(trace.compute_fraction, 6),
+            loaded_bytes=trace.loaded_bytes,
         )
 
     # ------------------------------------------------------------------ saving
