@@ -169,8 +169,8 @@ class VLLMBackend:
         report = found[-1].kv_transfer.get("lmcache_blend")
         raise ServingError(
             f"passages of sample {todo[0].sample.id!r} are not found after they were stored (the server reports "
-            f"{report}); it needs `lmcache-blend serve --preset blend`, room in its first tier, and no blend mode refused "
-            "in its log"
+            f"{report}); it needs `lmcache-blend serve --preset blend`, room in its first tier, "
+            "and no blend mode refused in its log"
         )
 
     def _references(self, items: Sequence[Item], phase: str) -> list[FullPrefill]:

@@ -87,7 +87,7 @@ class RoutedOptions:
     harness: HarnessOptions
     policies: dict[str, dict[str, Any]]
     task: dict[str, Any]
-    serving: ServingOptions = ServingOptions()
+    serving: ServingOptions
 
 
 def check_ratio(ratio: float) -> float:
