@@ -54,6 +54,7 @@ def register() -> None:
         # A plugin that raises is only logged; the server's own error would then be "unsupported connector".
         log.error("%s", error)
         return
+    _let_llvmlite_be_scanned()
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "lmcache_blend.serving.connector", CONNECTOR)
     if getattr(WorkerWrapperBase.initialize_from_config, "lmcache_blend", False):
@@ -78,6 +79,27 @@ def register() -> None:
 
     initialize_from_config.lmcache_blend = True  # type: ignore[attr-defined]
     WorkerWrapperBase.initialize_from_config = initialize_from_config  # type: ignore[method-assign]
+
+
+def _let_llvmlite_be_scanned() -> None:
+    """vLLM's CPU worker looks into the __dict__ of whatever any loaded module names; llvmlite's handle of its library,
+    which numba loads, has none and answers with a C symbol of that name, at which the worker fails."""
+    try:
+        from llvmlite.binding import ffi
+    except ImportError:
+        return
+    handle = getattr(ffi, "_lib_wrapper", None)
+    own = getattr(handle, "__getattr__", None)
+    if own is None or getattr(own, "lmcache_blend", False):
+        return
+
+    def symbol(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return own(self, name)
+
+    symbol.lmcache_blend = True  # type: ignore[attr-defined]
+    handle.__getattr__ = symbol  # type: ignore[union-attr]
 
 
 runners: list[Any] = []

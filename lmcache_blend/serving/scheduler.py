@@ -160,7 +160,7 @@ class SchedulerHalf:
         prompt = request.num_prompt_tokens
         keys, found = [], computed
         last = request.num_tokens - 1  # one token is left to compute, since its logits give the next
-        if self.config.offload and computed < last and state.blended is None:
+        if self.config.offload and computed < last:
             names = self._keys(state, list(tokens))
             first = computed // size
             n = self.engine.lookup(names[first:]).prefix + first
