@@ -29,7 +29,9 @@ def soak(server: VllmServer, requests: int, concurrency: int, seed: int = 0) -> 
         try:
             if kind == "abort":
                 body = json.dumps(client._body(request(tokens, spans, 0.15, 64))).encode()
-                post = urllib.request.Request(f"{server.url}/v1/completions", body, {"Content-Type": "application/json"})
+                post = urllib.request.Request(
+                    f"{server.url}/v1/completions", body, {"Content-Type": "application/json"}
+                )
                 with urllib.request.urlopen(post, timeout=300) as reply:
                     reply.readline()  # the rest is never read: the connection closes
                 return ""
