@@ -1,4 +1,4 @@
-"""Faults under a real server: `python tests/serving_faults.py [redis corrupt full kill ...]`; prints JSON, one line each.
+"""Faults under a real server: `python tests/serving_faults.py [redis corrupt full kill ...]`; a line of JSON for each.
 
 Every fault happens in the middle of traffic. Each prompt is asked plain and at ratio 1.0, over whatever KV the tiers
 give; both answers must be those of a server without this connector's tiers.
