@@ -104,7 +104,10 @@ class ServingConfig(Config):
         if without_memory:
             tiers = [t for t in tiers if t.tier != "cpu"]
             if not tiers:
-                raise ConfigError("with several workers the scheduler cannot see the cpu tier: add a disk or remote tier")
+                raise ConfigError(
+                    "the scheduler cannot see the cpu tier of workers in other processes: add a disk or remote tier, or, "
+                    "for one worker on a CPU, start with `lmcache-blend serve`"
+                )
         return EngineConfig(tiers=tuple(tiers), max_pending_bytes=self.max_pending_bytes, threads=self.threads)
 
     @property

@@ -74,7 +74,8 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
         self.here: SchedulerHalf | None = None
         self.there: WorkerHalf | None = None
         self.refused = ""
-        self.one_process = parallel.world_size == 1
+        # vLLM for CPU puts even a single worker into a process of its own.
+        self.one_process = parallel.world_size == 1 and parallel.distributed_executor_backend not in ("mp", "ray")
         exact = self.config.exact
 
         def layout(rank: int) -> str:

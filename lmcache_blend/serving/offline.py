@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lmcache_blend.serving import CONNECTOR
-from lmcache_blend.serving.launch import environment, on_cpu, require_vllm
+from lmcache_blend.serving.launch import ONE_PROCESS, environment, on_cpu, require_vllm
 from lmcache_blend.serving.requests import FORCED, Answer, Request
 
 
@@ -51,6 +51,7 @@ class OfflineClient:
             max_logprobs=-1,
             enforce_eager=enforce_eager,
             logits_processors=["lmcache_blend.serving.forced:ForcedTokens"],
+            **({"distributed_executor_backend": ONE_PROCESS} if on_cpu() else {}),
             **({} if connector is None else {"kv_transfer_config": transfer}),
         )
         self.max_tokens = max_tokens
