@@ -263,7 +263,7 @@ class VLLMBackend:
         if config.method != "full_recompute" and _blends(config.method) and _missing(item, measured.timed):
             raise ServingError(f"sample {item.sample.id!r} was not blended: the server reports {report}")
         kl, top1 = _compared(measured.scored, full.scored, wanted)
-        rows = self._rows(item, report)
+        rows = self._rows(item, report, measured.timed.cached_tokens)
         spans = sum(end - start for start, end in item.prompt.spans)
         hits = sum(end - start for start, end, kind in report.get("segments", ()) if kind != "miss")
         return SampleResult(
@@ -311,11 +311,11 @@ class VLLMBackend:
             )
         return None
 
-    def _rows(self, item: Item, report: dict[str, Any]) -> list[int]:
+    def _rows(self, item: Item, report: dict[str, Any], cached: int) -> list[int]:
         """Computed rows of each layer, the last token's, which vLLM computes itself, included."""
         if "rows_per_layer" in report:
             return [n + 1 for n in report["rows_per_layer"]]
-        return [len(item.prompt) - int(report.get("local", 0)) - int(report.get("prefix", 0))] * self.layers
+        return [len(item.prompt) - cached] * self.layers
 
     def _compute(self, item: Item, report: dict[str, Any], rows: Sequence[int]) -> float:
         full = self._cost.full(len(item.prompt))

@@ -81,6 +81,7 @@ class OfflineClient:
                 if output.finished:
                     answer.latency_ms = elapsed_ms
                     answer.tokens, answer.text = list(completion.token_ids), completion.text
+                    answer.cached_tokens = output.num_cached_tokens or 0
                     answer.kv_transfer = dict(getattr(output, "kv_transfer_params", None) or {})
                     if completion.logprobs is not None:
                         answer.logprobs = _dense(completion.logprobs)

@@ -32,7 +32,8 @@ class Answer:
 
     tokens: what was decoded (over HTTP None, where the text stands in its place). For forced tokens: logprobs [n, V]
     float32 of the model where the engine gives whole distributions, token_logprobs [n] of the forced tokens, and
-    agrees [n]: whether each is the likeliest one. kv_transfer: what the connector reports.
+    top1 [n]: the likeliest token of each place. kv_transfer: what the connector reports. cached_tokens: of the prompt, what
+    was not computed, where the engine tells it.
     """
 
     text: str = ""
@@ -43,6 +44,7 @@ class Answer:
     top1: list[Any] | None = None
     token_logprobs: list[float] | None = None
     kv_transfer: dict[str, Any] = field(default_factory=dict)
+    cached_tokens: int = 0
 
 
 class Client(Protocol):
