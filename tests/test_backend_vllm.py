@@ -70,8 +70,10 @@ def test_offline_agrees_with_the_hf_runner(hf, offline):
         assert one.metrics.nll_no_context.mean == pytest.approx(other.metrics.nll_no_context.mean, abs=1e-3)
         assert one.metrics.nll.mean == pytest.approx(other.metrics.nll.mean, abs=2e-2)
         assert one.metrics.kl.mean == pytest.approx(other.metrics.kl.mean, abs=2e-2)
-        assert one.compute_fraction == pytest.approx(other.compute_fraction, abs=0.03)
-        assert one.recomputed_fraction == pytest.approx(other.recomputed_fraction, abs=0.03)
+        # The HF runner takes the instructions as an exact prefix; they are shorter than a block of vLLM's, so here they
+        # are a segment like any other, of which the policy's share is computed.
+        assert one.compute_fraction == pytest.approx(other.compute_fraction, abs=0.1)
+        assert one.recomputed_fraction == pytest.approx(other.recomputed_fraction, abs=0.1)
 
 
 def test_ratio_one_is_full_prefill_and_full_reuse_is_not(offline):

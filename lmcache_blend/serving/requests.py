@@ -32,8 +32,8 @@ class Answer:
 
     tokens: what was decoded (over HTTP None, where the text stands in its place). For forced tokens: logprobs [n, V]
     float32 of the model where the engine gives whole distributions, token_logprobs [n] of the forced tokens, and
-    top1 [n]: the likeliest token of each place. kv_transfer: what the connector reports. cached_tokens: of the prompt, what
-    was not computed, where the engine tells it.
+    top1 [n]: the likeliest token of each place. kv_transfer: what the connector reports. cached_tokens: of the prompt,
+    what was not computed, where the engine tells it.
     """
 
     text: str = ""
