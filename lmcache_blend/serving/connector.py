@@ -238,6 +238,8 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
         return ()
 
     def shutdown(self) -> None:
+        if self.there is not None:
+            self.there.close()
         engine, self.engine = self.engine, None
         if engine is not None:
             shared.release(engine)

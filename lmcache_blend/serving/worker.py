@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class WorkerHalf:
         self._bad_blocks: set[int] = set()
         self._arrived: set[str] = set()
         self._blenders: dict[str, Blender] = {}
+        self._later = ThreadPoolExecutor(1, "kv-arrive")
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------------ loading
@@ -55,7 +57,8 @@ class WorkerHalf:
         try:
             for load in loads:
                 if load.asynchronous:
-                    self.engine.workers.submit(self._bring_later, load, priority=0)
+                    # Not on the engine's own threads: these read the layers that a load waits for.
+                    self._later.submit(self._bring_later, load)
                 else:
                     self._bring(load)
         finally:
@@ -226,6 +229,9 @@ class WorkerHalf:
             self._computed.pop(name, None)
             self._exact.pop(name, None)
             self._failed.discard(name)
+
+    def close(self) -> None:
+        self._later.shutdown(cancel_futures=True)
 
     def _count(self, name: str, by: float = 1) -> None:
         with self._lock:
