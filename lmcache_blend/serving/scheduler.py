@@ -226,6 +226,8 @@ class SchedulerHalf:
         if self._separator is None:
             assert self.config.blend is not None
             mark = self.config.blend.separator
+            if isinstance(mark, str):
+                mark = mark.rstrip() or mark  # in a text its last space belongs to the word behind it
             tokenizer = self._tokenizer() if isinstance(mark, str) else None
             self._separator = list(mark) if tokenizer is None else tokenizer.encode(mark, add_special_tokens=False)
         assert self._separator is not None
