@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -37,23 +37,17 @@ class OfflineClient:
         import vllm
         from vllm.config import KVTransferConfig
 
-        transfer = KVTransferConfig(
-            kv_connector=CONNECTOR,
-            kv_role="kv_both",
-            kv_load_failure_policy="recompute",
-            kv_connector_extra_config=connector or {},
-        )
-        self._llm = vllm.LLM(
-            model=model,
-            dtype=dtype,  # pyright: ignore[reportArgumentType]
-            max_model_len=max_tokens,
-            max_num_seqs=concurrency,
-            max_logprobs=-1,
-            enforce_eager=enforce_eager,
-            logits_processors=["lmcache_blend.serving.forced:ForcedTokens"],
-            **({"distributed_executor_backend": ONE_PROCESS} if on_cpu() else {}),
-            **({} if connector is None else {"kv_transfer_config": transfer}),
-        )
+        options: dict[str, Any] = {"distributed_executor_backend": ONE_PROCESS} if on_cpu() else {}
+        if connector is not None:
+            options["kv_transfer_config"] = KVTransferConfig(
+                kv_connector=CONNECTOR,
+                kv_role="kv_both",
+                kv_load_failure_policy="recompute",
+                kv_connector_extra_config=connector,
+            )
+        options |= {"model": model, "dtype": dtype, "max_model_len": max_tokens, "max_num_seqs": concurrency}
+        forced = "lmcache_blend.serving.forced:ForcedTokens"
+        self._llm = vllm.LLM(max_logprobs=-1, enforce_eager=enforce_eager, logits_processors=[forced], **options)
         self.max_tokens = max_tokens
         self.versions: dict[str, str | int] = {"vllm": vllm.__version__}
         self._count = 0
@@ -72,7 +66,7 @@ class OfflineClient:
                 prompt["cache_salt"] = request.salt
             engine.add_request(name, prompt, _sampling(request))
         while engine.has_unfinished_requests():
-            for output in engine.step():
+            for output in cast(list[Any], engine.step()):
                 now = time.perf_counter()
                 answer, completion = answers[output.request_id.partition("-")[0]], output.outputs[0]
                 elapsed_ms = 1e3 * (now - started[output.request_id.partition("-")[0]])
