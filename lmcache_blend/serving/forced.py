@@ -5,9 +5,11 @@ tokens are taken from the raw logits, before this processor changes them. Add it
 `--logits-processors lmcache_blend.serving.forced:ForcedTokens`.
 """
 
+from collections.abc import Callable
+
 import torch
 from vllm import SamplingParams
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, RequestLogitsProcessor
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from lmcache_blend.serving.requests import FORCED
 
@@ -25,7 +27,9 @@ class ForcedTokens(AdapterLogitsProcessor):
     def is_argmax_invariant(self) -> bool:
         return False
 
-    def new_req_logits_processor(self, params: SamplingParams) -> RequestLogitsProcessor | None:
+    def new_req_logits_processor(
+        self, params: SamplingParams
+    ) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
         forced: list[int] = (params.extra_args or {}).get(FORCED) or []
         if not forced:
             return None
