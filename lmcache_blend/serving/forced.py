@@ -13,6 +13,9 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from lmcache_blend.serving.requests import FORCED
 
+Force = Callable[[list[int], torch.Tensor], torch.Tensor]
+"""(ids decoded so far, logits [V]) -> logits."""
+
 
 class ForcedTokens(AdapterLogitsProcessor):
     """Decodes the token ids in a request's extra argument `lmcache_blend_forced`, then stops forcing."""
@@ -27,9 +30,7 @@ class ForcedTokens(AdapterLogitsProcessor):
     def is_argmax_invariant(self) -> bool:
         return False
 
-    def new_req_logits_processor(
-        self, params: SamplingParams
-    ) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
+    def new_req_logits_processor(self, params: SamplingParams) -> Force | None:
         forced: list[int] = (params.extra_args or {}).get(FORCED) or []
         if not forced:
             return None
