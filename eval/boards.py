@@ -40,6 +40,8 @@ class Row:
             for k, v in (("encode", config.encode), ("chunk_tokens", config.chunk_tokens))
             if v not in ("alone", 512)
         ]
+        variant += [] if config.backend == "hf" else [config.backend]
+        variant += [f"{k}={v}" for k, v in config.serving.items()]
         codec = short_name(config.codec)
         variant += [] if codec == "raw" else [f"codec={codec}"]
         return config.method + (f" ({', '.join(variant)})" if variant else "")
@@ -117,13 +119,12 @@ def _key(results: Results) -> tuple[str, ...]:
         c.device,
         str(c.seed),
         c.long_context,
-        c.backend,
     )
 
 
 def _titles(groups: dict[tuple[str, ...], Results]) -> dict[tuple[str, ...], str]:
     """ "task x model", and what differs between groups of the same task and model."""
-    names = ("task", "model", "data", "options", "dtype", "device", "seed", "long_context", "backend")
+    names = ("task", "model", "data", "options", "dtype", "device", "seed", "long_context")
     titles = {}
     for key, results in groups.items():
         title = f"{results.task} × {results.model}"

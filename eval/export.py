@@ -19,7 +19,7 @@ def as_csv(boards: Sequence[Board]) -> str:
         [
             *("board", "section", "task", "model", "rank", "method", "variant", "recompute_ratio", "note"),
             *("n", "complete", "signal", "compute_fraction", "recomputed_fraction"),
-            *("ttft_ms_median", "ttft_ms_p95", "ttft_full_ms_median"),
+            *("backend", "ttft_ms_median", "ttft_ms_p95", "ttft_ms_p99", "ttft_full_ms_median", "queries_per_second"),
             *("loaded_bytes", "raw_kv_bytes", "bits_per_element", *estimates, "folder"),
         ]
     )
@@ -32,7 +32,8 @@ def as_csv(boards: Sequence[Board]) -> str:
                     *(board.title, board.kind, r.task, r.model, row.rank, r.method, row.label),
                     *(r.recompute_ratio, row.note, r.n, r.complete, r.signal),
                     *(r.compute_fraction, r.recomputed_fraction),
-                    *(r.ttft_ms.median, r.ttft_ms.p95, r.ttft_full_ms.median),
+                    *(r.backend, r.ttft_ms.median, r.ttft_ms.p95, r.ttft_ms.p99, r.ttft_full_ms.median),
+                    r.queries_per_second,
                     *(r.loaded_bytes, r.raw_kv_bytes, r.bits_per_element),
                     *(value for e in numbers for value in ((e.mean, e.low, e.high) if e else ("", "", ""))),
                     row.folder.name,

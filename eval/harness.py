@@ -4,8 +4,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -22,6 +22,8 @@ from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import MemoryStore
 from lmcache_blend.errors import ContextLengthError, ResultsError
 from lmcache_blend.eval.aggregate import aggregate
+from lmcache_blend.eval.backend import Backend
+from lmcache_blend.eval.backend_vllm import VLLMBackend, check_vllm
 from lmcache_blend.eval.measure import (
     Item,
     make_item,
@@ -31,7 +33,7 @@ from lmcache_blend.eval.measure import (
     truncate,
 )
 from lmcache_blend.eval.options import RoutedOptions, RunRequest, policy_fields, route_options, uses_ratio
-from lmcache_blend.eval.results import Results, RunConfig, Skipped
+from lmcache_blend.eval.results import Results, RunConfig, SampleResult, Skipped
 from lmcache_blend.eval.tasks import Task, load_task
 from lmcache_blend.eval.writer import TRACE, RunFolder, read_folder
 from lmcache_blend.hf import load_runner
@@ -47,6 +49,7 @@ class Combination:
     folder: RunFolder
     blend: BlendConfig
     skipped: list[Skipped]
+    versions: dict[str, str | int] = field(default_factory=dict)
     written: float = field(default_factory=time.monotonic)
 
     @property
@@ -74,7 +77,9 @@ class Combination:
         samples = list(self.folder.samples.values())
         if not samples:
             return None
-        results = aggregate(self.folder.config, samples, skipped=self.skipped, complete=complete, versions=versions())
+        results = aggregate(
+            self.folder.config, samples, skipped=self.skipped, complete=complete, versions=self.versions
+        )
         self.folder.write_results(results)
         self.written = time.monotonic()
         return results
@@ -84,18 +89,19 @@ def run(request: RunRequest, *, progress: bool = True) -> list[Results]:
     """Measure every method at every ratio and write results; a second call goes on where the first one ended.
 
     Raises, before the model is loaded, UnknownNameError, ConfigError or DataError; then ModelNotFoundError,
-    UnsupportedModelError, ContextLengthError (every sample is too long) and ResultsError (a write failed).
+    UnsupportedModelError, ContextLengthError (every sample is too long), ServingError (a server does not answer) and
+    ResultsError (a write failed).
     """
     task, routed = check(request)
-    runner = load_runner(request.model, dtype=request.dtype, device=request.device)
+    backend = _open(request, routed)
     for codec in map(get_codec, request.codecs):
         if isinstance(codec, PipelineCodec):
-            codec.check_model(runner.fingerprint, request.model)
-    items, skipped = make_items(task, routed, runner)
+            codec.check_model(backend.fingerprint, request.model)
+    items, skipped = make_items(task, routed, backend)
     _warn_skipped(skipped, len(task.samples))
     combinations = [
-        Combination(RunFolder(request.output, config), _blend_config(config), skipped)
-        for config in combination_configs(request, task, routed, runner.fingerprint)
+        Combination(RunFolder(request.output, config), _blend_config(config), skipped, versions())
+        for config in combination_configs(request, task, routed, backend.fingerprint)
     ]
     unfinished = [c for c in combinations if any(c.misses(item) for item in items)]
     for combination in combinations:
@@ -103,7 +109,7 @@ def run(request: RunRequest, *, progress: bool = True) -> list[Results]:
             done = len(combination.folder.samples)
             print(f"{combination.label}: complete with {done} samples, nothing to do", file=sys.stderr)
     with _reportable(unfinished):
-        _loop(runner, items, unfinished, progress)
+        _loop(backend, items, unfinished, progress)
     return [results for c in combinations if (results := c.finish()) is not None]
 
 
@@ -113,7 +119,10 @@ def check(request: RunRequest) -> tuple[Task, RoutedOptions]:
         policies.get(method)
     for spec in request.codecs:
         get_codec(spec)
-    routed = route_options(request.options, request.methods, request.task if request.data is None else None)
+    registered = request.task if request.data is None else None
+    routed = route_options(request.options, request.methods, registered, request.backend)
+    if request.backend == "vllm":
+        check_vllm(request, routed)
     return load_task(request.task, request.data, request.limit, request.seed, **routed.task), routed
 
 
@@ -128,6 +137,8 @@ def combination_configs(request: RunRequest, task: Task, routed: RoutedOptions, 
         "fingerprint": fingerprint,
         "dtype": request.dtype,
         "device": request.device,
+        "backend": request.backend,
+        "serving": routed.serving.model_dump(exclude_defaults=True, exclude={"warmup"}),
         "encode": request.encode,
         "seed": request.seed,
         "chunk_tokens": routed.harness.chunk_tokens,
@@ -148,6 +159,12 @@ def combination_configs(request: RunRequest, task: Task, routed: RoutedOptions, 
             for r in ratios
         ]
     return configs
+
+
+def _open(request: RunRequest, routed: RoutedOptions) -> Backend:
+    if request.backend == "vllm":
+        return VLLMBackend(request, routed.serving)
+    return HFBackend(load_runner(request.model, dtype=request.dtype, device=request.device))
 
 
 def make_items(task: Task, routed: RoutedOptions, runner: Any) -> tuple[list[Item], list[Skipped]]:
@@ -193,58 +210,81 @@ def versions() -> dict[str, str | int]:
     }
 
 
-def _loop(runner: Any, items: Sequence[Item], combinations: Sequence[Combination], progress: bool) -> None:
-    todo = [(item, missing) for item in items if (missing := [c for c in combinations if c.misses(item)])]
+def _loop(backend: Backend, items: Sequence[Item], combinations: Sequence[Combination], progress: bool) -> None:
+    todo = [item for item in items if any(c.misses(item) for c in combinations)]
     if not todo:
         return
     task = combinations[0].folder.config.task
     bar = tqdm(total=len(todo), desc=task, unit="sample", disable=not progress, dynamic_ncols=True)
-    with bar:
+    with bar, closing(backend):
         bar.set_postfix_str("warm-up")
-        _warm_up(runner, todo[0][0], combinations)
+        backend.start(todo, combinations)
+        for combination in combinations:
+            combination.versions.update(backend.versions)
         bar.unpause()  # the time left is reckoned without the warm-up
-        for number, (item, missing) in enumerate(todo):
+        for number, at in enumerate(range(0, len(todo), backend.burst)):
+            burst = todo[at : at + backend.burst]
+            missing = [c for c in combinations if any(c.misses(item) for item in burst)]
             # Each method is first, second, ... equally often: none profits from its place in the loop.
             turn = number % len(missing)
-            _measure(runner, item, missing[turn:] + missing[:turn], bar)
-            bar.update()
+            for combination, item, sample in backend.measure(
+                burst, missing[turn:] + missing[:turn], bar.set_postfix_str
+            ):
+                if combination.misses(item):
+                    combination.folder.append(sample)
+                if time.monotonic() - combination.written > REFRESH_S:
+                    combination.write(complete=False)
+            bar.update(len(burst))
 
 
-def _measure(runner: Any, item: Item, combinations: Sequence[Combination], bar: tqdm) -> None:
-    raw = MemoryStore()
-    Blender(runner, combinations[0].blend, store=raw).store(item.prompt)
-    stores = _stores(combinations, raw)
-    blenders = [Blender(runner, c.blend, store=stores[str(c.folder.config.codec)]) for c in combinations]
-    bar.set_postfix_str("full prefill")
-    reference = measure_reference(blenders[0], item, runner.tokenizer)
-    exact = None
-    for combination, blender in zip(combinations, blenders, strict=True):
-        bar.set_postfix_str(combination.label)
-        kv_bytes = runner.kv_bytes_per_token(16)
-        sample, result = measure_method(blender, item, reference, runner.tokenizer, kv_bytes)
-        if not (combination.folder.path / TRACE).exists():
-            if exact is None:
-                exact = blender.prefill(item.prompt, policy="epic", recompute_ratio=1.0).trace.deviation
-            combination.folder.write_trace(trace_arrays(result.trace, item.prompt, exact))
-        combination.folder.append(sample)
-        if time.monotonic() - combination.written > REFRESH_S:
-            combination.write(complete=False)
+class HFBackend:
+    """A Hugging Face model in this process, one prompt at a time."""
 
+    burst = 1
 
-def _warm_up(runner: Any, item: Item, combinations: Sequence[Combination]) -> None:
-    """Run full prefill and every method once uncounted: kernels compile, buffers are allocated."""
-    raw = MemoryStore()
-    blends = {
-        "full_recompute": BlendConfig(policy="full_recompute"),
-        **{c.blend.policy: c.blend for c in combinations},
-    }
-    for blend in blends.values():
-        blender = Blender(runner, blend, store=raw)
-        blender.store(item.prompt)
-        blender.prefill(item.prompt)
-    for store in _stores(combinations, raw).values():
-        for key in store:
-            store.get(key)
+    def __init__(self, runner: Any):
+        self.runner, self.tokenizer = runner, runner.tokenizer
+        self.max_tokens, self.fingerprint = runner.max_tokens, runner.fingerprint
+        self.versions: dict[str, str | int] = {}
+
+    def start(self, items: Sequence[Item], combinations: Sequence[Combination]) -> None:
+        """Run full prefill and every method once uncounted: kernels compile, buffers are allocated."""
+        raw = MemoryStore()
+        blends = {
+            "full_recompute": BlendConfig(policy="full_recompute"),
+            **{c.blend.policy: c.blend for c in combinations},
+        }
+        for blend in blends.values():
+            blender = Blender(self.runner, blend, store=raw)
+            blender.store(items[0].prompt)
+            blender.prefill(items[0].prompt)
+        for store in _stores(combinations, raw).values():
+            for key in store:
+                store.get(key)
+
+    def measure(
+        self, items: Sequence[Item], combinations: Sequence[Combination], say: Callable[[str], Any]
+    ) -> Iterator[tuple[Combination, Item, SampleResult]]:
+        (item,), runner = items, self.runner
+        raw = MemoryStore()
+        Blender(runner, combinations[0].blend, store=raw).store(item.prompt)
+        stores = _stores(combinations, raw)
+        blenders = [Blender(runner, c.blend, store=stores[str(c.folder.config.codec)]) for c in combinations]
+        say("full prefill")
+        reference = measure_reference(blenders[0], item, runner.tokenizer)
+        exact = None
+        for combination, blender in zip(combinations, blenders, strict=True):
+            say(combination.label)
+            kv_bytes = runner.kv_bytes_per_token(16)
+            sample, result = measure_method(blender, item, reference, runner.tokenizer, kv_bytes)
+            if not (combination.folder.path / TRACE).exists():
+                if exact is None:
+                    exact = blender.prefill(item.prompt, policy="epic", recompute_ratio=1.0).trace.deviation
+                combination.folder.write_trace(trace_arrays(result.trace, item.prompt, exact))
+            yield combination, item, sample
+
+    def close(self) -> None:
+        """Nothing: the model goes with the process."""
 
 
 def _stores(combinations: Sequence[Combination], raw: MemoryStore) -> dict[str, MemoryStore]:

@@ -27,6 +27,19 @@ class HarnessOptions(Config):
     """Prompts longer than the model are left out, or their longest passages are cut in the middle."""
 
 
+class ServingOptions(Config):
+    """Options of the vLLM backend."""
+
+    server: str | None = None
+    """URL of a running server, e.g. http://localhost:8000; null starts vLLM in a process of its own."""
+    concurrency: int = pydantic.Field(default=1, ge=1)
+    """So many prompts are sent at once."""
+    warmup: int = pydantic.Field(default=1, ge=1)
+    """Uncounted rounds of every method before the first counted one."""
+    enforce_eager: bool = False
+    """Without compilation vLLM starts sooner and serves slower; of no use with a server."""
+
+
 class RunRequest(Config):
     """One command: every method at every ratio shares each sample's full prefill."""
 
@@ -54,6 +67,8 @@ class RunRequest(Config):
     """Data type of weights, activations and KV."""
     device: str = "cpu"
     """Device that the model runs on."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """Engine that runs the model."""
     output: Path
     """Folder that results are written below."""
 
@@ -72,6 +87,7 @@ class RoutedOptions:
     harness: HarnessOptions
     policies: dict[str, dict[str, Any]]
     task: dict[str, Any]
+    serving: ServingOptions
 
 
 def check_ratio(ratio: float) -> float:
@@ -96,7 +112,9 @@ def parse_option(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
-def route_options(options: dict[str, Any], methods: Sequence[str], task: str | None) -> RoutedOptions:
+def route_options(
+    options: dict[str, Any], methods: Sequence[str], task: str | None, backend: str = "hf"
+) -> RoutedOptions:
     """Give each option to everyone who has a setting of that name.
 
     task: name of a registered task, None for a data file, which has no options. Raises UnknownNameError, and
@@ -104,7 +122,13 @@ def route_options(options: dict[str, Any], methods: Sequence[str], task: str | N
     """
     fields = {method: policy_fields(method) for method in methods}
     of_task = task_options(task) if task else ()
-    known = {*HarnessOptions.model_fields, *of_task, *(name for names in fields.values() for name in names)}
+    of_backend = ServingOptions.model_fields if backend == "vllm" else ()
+    known = {
+        *HarnessOptions.model_fields,
+        *of_backend,
+        *of_task,
+        *(name for names in fields.values() for name in names),
+    }
     for key in options:
         if key not in known:
             raise ConfigError(f"unknown option {key!r}: {nearest(key, known)}")
@@ -112,6 +136,7 @@ def route_options(options: dict[str, Any], methods: Sequence[str], task: str | N
         harness=HarnessOptions(**{k: v for k, v in options.items() if k in HarnessOptions.model_fields}),
         policies={m: {k: v for k, v in options.items() if k in names} for m, names in fields.items()},
         task={k: v for k, v in options.items() if k in of_task},
+        serving=ServingOptions(**{k: v for k, v in options.items() if k in of_backend}),
     )
     for method, chosen in routed.policies.items():
         _check_types(method, chosen)

@@ -148,6 +148,14 @@ def _quality(row: Row) -> str:
     return "–" if estimate is None else _interval(estimate)
 
 
+def _percentiles(results: Results) -> str:
+    """Of a serving engine only: elsewhere nothing waits in a queue."""
+    times = results.ttft_ms
+    if results.queries_per_second is None or times.p99 is None:
+        return "–"
+    return "/".join(f"{value:,.0f}" for value in (times.median, times.p95, times.p99))
+
+
 def _ratio(row: Row) -> str:
     return "–" if row.results.recompute_ratio is None else percent(row.results.recompute_ratio)
 
@@ -165,6 +173,8 @@ COLUMNS = (
     _metric("Rouge-L", "rouge_l"),
     _metric("contains", "contains", 2),
     Column("TTFT", lambda row: f"{row.results.ttft_ratio.mean:.3f}"),
+    Column("TTFT p50/p95/p99 ms", lambda row: _percentiles(row.results)),
+    Column("q/s", lambda row: _optional(row.results.queries_per_second, 2)),
     Column("compute", lambda row: f"{row.results.compute_fraction:.3f}"),
     Column("rows", lambda row: f"{row.results.recomputed_fraction:.3f}"),
     Column("bits/el", lambda row: _optional(row.results.bits_per_element, 1)),

@@ -54,10 +54,14 @@ class RunConfig(pydantic.BaseModel):
     """Whether answers were decoded; without, predictions and text scores are null."""
     long_context: Literal["skip", "truncate"] = "skip"
     """What happened to prompts longer than the model's positions."""
+    serving: dict[str, Any] = {}
+    """How a serving engine ran (concurrency, eager or compiled, offline or a server); empty for hf."""
 
     def canonical(self) -> str:
         """JSON with sorted keys and no spaces: what the folder's hash is taken over."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        # Folders of runs from before there was a serving engine keep their names.
+        values = self.model_dump(mode="json", exclude=None if self.serving else {"serving"})
+        return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     @property
     def folder(self) -> str:
@@ -89,10 +93,11 @@ class SampleResult(pydantic.BaseModel):
     """The same after full prefill."""
     nll_no_context: float | None
     """The same after full prefill of the prompt without its passages."""
-    kl: float
-    """Mean KL(full prefill || method) over the answer's tokens, else over full prefill's own continuation."""
-    top1_agreement: float
-    """Fraction of those tokens at which both name the same most likely token."""
+    kl: float | None
+    """Mean KL(full prefill || method) over the answer's tokens, else over full prefill's own continuation; null where
+    a server gives no whole distributions."""
+    top1_agreement: float | None
+    """Fraction of those tokens at which both name the same most likely token; null where no logits were to be had."""
     flip: bool | None
     """Whether the normalised prediction differs from that of full prefill."""
     f1: float | None
@@ -123,6 +128,10 @@ class SampleResult(pydantic.BaseModel):
     """What the KV of all spans takes at 16 bit per element."""
     stages_ms: dict[str, float]
     """Wall time per stage."""
+    latency_ms: float | None = None
+    """From the request to its last token; null where answers are not streamed."""
+    burst_ms: float | None = None
+    """Wall time of the requests that were in flight together, over their number."""
 
 
 class Estimate(pydantic.BaseModel):
@@ -139,6 +148,7 @@ class Times(pydantic.BaseModel):
     mean: float
     median: float
     p95: float
+    p99: float | None = None
 
 
 class Skipped(pydantic.BaseModel):
@@ -210,6 +220,10 @@ class Results(pydantic.BaseModel):
     """Stored bits per element of the K and V that were loaded; null where nothing was."""
     stages_ms: dict[str, float]
     """Mean wall time per stage."""
+    latency_ms: Times | None = None
+    """To the last token; null where answers are not streamed."""
+    queries_per_second: float | None = None
+    """Finished requests over the time in which they were in flight, at the run's concurrency."""
     tokens: float
     """Mean prompt length."""
     skipped: list[Skipped]

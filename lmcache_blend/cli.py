@@ -1,4 +1,4 @@
-"""The command line: `lmcache-blend run`, `report`, `codec`, `calc`, `engine`, `kernels`, `store` and `ls`.
+"""The command line: `lmcache-blend run`, `report`, `codec`, `calc`, `engine`, `kernels`, `serve`, `store` and `ls`.
 
 Exit status: 0 done; 2 bad arguments or input (one line on stderr, no traceback); 130 interrupted; 1 else.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lmcache_blend import cli_calc, cli_codec, cli_engine, cli_kernels, cli_store, errors
+from lmcache_blend import cli_calc, cli_codec, cli_engine, cli_kernels, cli_serve, cli_store, errors
 
 BAD_INPUT = (
     errors.ConfigError,
@@ -26,7 +26,7 @@ BAD_INPUT = (
 
 OPTION_HELP = (
     "a setting of a policy, the task or the run loop (chunk_tokens, max_new_tokens, generate=false, "
-    "long_context=skip|truncate)"
+    "long_context=skip|truncate), with --backend vllm also concurrency, server=URL, warmup, enforce_eager"
 )
 ENCODE_HELP = "before a passage whose KV is computed for the store: nothing, BOS, or the instruction prefix"
 
@@ -43,7 +43,10 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    arguments = parser().parse_args(argv)
+    root = parser()
+    arguments, arguments.flags = root.parse_known_args(argv)
+    if arguments.flags and not getattr(arguments, "takes_flags", False):
+        root.error(f"unrecognized arguments: {' '.join(arguments.flags)}")
     try:
         arguments.command(arguments)
         sys.stdout.flush()
@@ -94,7 +97,7 @@ def parser() -> Parser:
         metavar="SPEC[,SPEC...]",
         help="id or JSON of the stored KV's codec (default raw)",
     )
-    run.add_argument("--backend", choices=["hf"], default="hf", help="engine that runs the model")
+    run.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="engine that runs the model")
     run.add_argument("--limit", type=int, default=50, metavar="N", help="at most so many samples (default 50)")
     run.add_argument(
         "--seed",
@@ -129,6 +132,7 @@ def parser() -> Parser:
     cli_engine.add_commands(commands, _write_json)
     cli_store.add_commands(commands, _write_json)
     cli_kernels.add_commands(commands, _write_json)
+    cli_serve.add_commands(commands)
 
     ls = commands.add_parser("ls", help="what is registered", description="Names of tasks, methods, codecs or tiers.")
     ls.set_defaults(command=_ls)
@@ -153,6 +157,7 @@ def _run(arguments: argparse.Namespace) -> None:
         options=dict(parse_option(text) for text in arguments.option),
         encode=arguments.encode,
         dtype=arguments.dtype,
+        backend=arguments.backend,
         output=arguments.output,
     )
     from transformers.utils import logging

@@ -71,6 +71,10 @@ class TierError(LMCacheBlendError, OSError):
     """A tier that an administrator asked about does not answer."""
 
 
+class ServingError(LMCacheBlendError, ConnectionError):
+    """A server does not answer, or not as the OpenAI API says."""
+
+
 class KernelError(LMCacheBlendError, RuntimeError):
     """A kernel breaks a rule of the compile gate, or its result differs from its reference."""
 

@@ -1,5 +1,6 @@
 """The notebooks, executed from top to bottom; what they show is checked, not only that they run."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -31,6 +32,18 @@ print("REPORT" + json.dumps({
     "question_tokens": len(shuffled) - shuffled.spans[-1][1],
     "kl": {method: row["kl"] for method, row in results.items()},
     "summary": {method: point["compute"] for method, point in summary.items()},
+}))
+"""
+
+
+SERVING_REPORT = """
+import json
+print("REPORT" + json.dumps({
+    "answers": [first_time[0], again[0], plain[0]],
+    "seconds": [again[1], plain[1]],
+    "report": again[2],
+    "passage_tokens": sum(len(encode(p)) for p in passages),
+    "metrics": metrics,
 }))
 """
 
@@ -74,7 +87,7 @@ def codec_tour() -> SimpleNamespace:
     return executed("codecs.ipynb", CODECS_REPORT)
 
 
-@pytest.mark.parametrize("name", ["tour.ipynb", "codecs.ipynb"])
+@pytest.mark.parametrize("name", ["tour.ipynb", "codecs.ipynb", "serving.ipynb"])
 def test_it_is_committed_without_outputs(name):
     code = [cell for cell in source(name).cells if cell.cell_type == "code"]
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
@@ -148,3 +161,13 @@ def test_the_codec_notebook_shows_small_chunks_and_the_ranking(codec_tour):
         best = max((bits for name, bits, kl in rows if name == "fisher_klt" and kl < 0.02), default=99)
         rivals = [bits for name, bits, kl in rows if name != "fisher_klt" and kl < 0.02]
         assert best < 0.6 * min(rivals), "every rival of like quality takes far more bits"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (`make setup` says why)")
+def test_serving_blends_what_it_stored():
+    found = executed("serving.ipynb", SERVING_REPORT)
+    assert all(found.answers)
+    assert found.report["segment"] >= 0.9 * found.passage_tokens
+    assert 0 < found.report["recomputed"] < 0.3 * found.passage_tokens
+    hits = [line for line in found.metrics if line.startswith("lmcache_blend:hit_tokens_total{")]
+    assert any('kind="segment"' in line and not line.endswith(" 0.0") for line in hits)

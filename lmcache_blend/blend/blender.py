@@ -24,10 +24,32 @@ from lmcache_blend.types import KVChunk, Prompt, Trace
 
 @dataclass
 class _Hit:
+    """A chunk's place in the prompt, and how many of its first tokens stand there already."""
+
     start: int
     end: int
     chunk: KVChunk
     exact: bool
+    skip: int = 0
+
+
+class _Loader:
+    """Fills a layer's dense buffers from the hits, keys turned. positions: [n], those that it fills, ascending."""
+
+    def __init__(self, hits: list[_Hit], angles: Angles, times: dict[str, float]):
+        self.hits, self.times = hits, times
+        self.parts = [angles[h.start + h.skip : h.end] for h in hits]
+        self.positions = torch.cat([torch.arange(h.start + h.skip, h.end) for h in hits])
+
+    def __call__(self, layer: int, k: Tensor, v: Tensor) -> None:
+        began = time.perf_counter()
+        for hit, part in zip(self.hits, self.parts, strict=True):
+            piece, turn = part.layers[layer], part.turns[layer]
+            for slot, buffer in ((0, k), (1, v)):
+                source = hit.chunk.layers[layer][slot][:, hit.skip :].to(buffer.device)
+                turning = turn if piece is not None and piece.slot == slot else None
+                place(buffer, source, hit.start + hit.skip, turning, piece)
+        self.times["place"] = self.times.get("place", 0.0) + time.perf_counter() - began
 
 
 class Blender:
@@ -102,7 +124,7 @@ class Blender:
         found = self._checked(self.chunks.get(self._prefix_key(behind)), behind, behind[:0], angles) if start else None
         try:
             if found is not None and found[1]:
-                kv.fill_with(self._loader([_Hit(0, start, found[0].chunk, True)], angles, {}))
+                kv.fill_with(_Loader([_Hit(0, start, found[0].chunk, True)], angles, {}))
                 rows = rows[start:]
             self.runner.forward([ids], [kv], Plan([rows]))
         except ChunkLostError:
@@ -156,14 +178,10 @@ class Blender:
     def _prefill_batch(
         self, prompts: Sequence[Prompt], policy: str | RowPolicy | None, recompute_ratio: float | None, lost: set[bytes]
     ) -> list[Prefill]:
-        chosen = self.policy if policy is None else get_policy(policy) if isinstance(policy, str) else policy
-        ratio = self.config.recompute_ratio if recompute_ratio is None else recompute_ratio
-        if not 0.0 <= ratio <= 1.0:
-            raise ConfigError(f"recompute_ratio = {ratio}: choose a number in [0, 1]")
+        chosen, ratio = self._chosen(policy, recompute_ratio)
         clock = _Clock()
-        fixed = chosen.fixed_ratio
-        works = [self._load(p, chosen, ratio if fixed is None else fixed, clock, lost) for p in prompts]
-        plan = self._plan(works, chosen, ratio if fixed is None else fixed, clock)
+        works = [self._load(p, chosen, ratio, clock, lost) for p in prompts]
+        plan = self._plan(works, chosen, ratio, clock)
         with clock("forward"):
             computed = self.runner.forward([w.prompt.tokens for w in works], [w.kv for w in works], plan)
             assert computed.logits is not None
@@ -183,41 +201,108 @@ class Blender:
                 self._store_misses(work)
         return [Prefill(self.runner, w.prompt, w.kv, x, w.trace) for w, x in zip(works, logits, strict=True)]
 
+    def fill(
+        self,
+        prompt: Prompt,
+        kv: Any,
+        done: int = 0,
+        *,
+        policy: str | RowPolicy | None = None,
+        recompute_ratio: float | None = None,
+    ) -> Work:
+        """Blend one prompt into KV that a host engine allocated, all but its last token, which the engine computes.
+
+        done: first tokens whose exact KV stands in kv already. Misses are not stored; `keep` does that later. Raises
+        UnknownNameError, ConfigError, ContextLengthError.
+        """
+        chosen, ratio = self._chosen(policy, recompute_ratio)
+        lost: set[bytes] = set()
+        while True:
+            clock, work, failed = _Clock(), None, b""
+            try:
+                work = self._load(prompt, chosen, ratio, clock, lost, kv, done)
+            except ChunkLostError as error:
+                failed = error.key
+            if failed:
+                lost.add(failed)
+            reduce = getattr(self.runner, "reduce", None)
+            if work is not None and (reduce is None or not float(reduce(torch.zeros(1)))):
+                break
+            if work is None and reduce is not None:
+                reduce(torch.ones(1))
+        plan = self._plan([work], chosen, ratio, clock)
+        plan.rows, plan.observer = [work.rows[work.rows < len(prompt) - 1]], None
+        with clock("forward"):
+            computed = self.runner.forward([prompt.tokens], [kv], plan)
+        trace = work.trace
+        trace.rows = [r[0].cpu() for r in computed.rows]
+        trace.flops += self.runner.cost.forward(trace.rows, len(prompt), 0)
+        trace.deviation, trace.ttft_ms, trace.stages_ms = work.deviation.table, clock.total(), clock.stages()
+        trace.loading_ms = sum(r.seconds for r in work.reads) * 1e3
+        trace.loading_wait_ms = sum(r.waited for r in work.reads) * 1e3
+        return work
+
+    def _chosen(self, policy: str | RowPolicy | None, recompute_ratio: float | None) -> tuple[RowPolicy, float]:
+        """The policy and ratio of one call."""
+        chosen = self.policy if policy is None else get_policy(policy) if isinstance(policy, str) else policy
+        ratio = self.config.recompute_ratio if recompute_ratio is None else recompute_ratio
+        if not 0.0 <= ratio <= 1.0:
+            raise ConfigError(f"recompute_ratio = {ratio}: choose a number in [0, 1]")
+        return chosen, ratio if chosen.fixed_ratio is None else chosen.fixed_ratio
+
     generate_batch = staticmethod(generate_batch)
 
-    def _load(self, prompt: Prompt, policy: RowPolicy, ratio: float, clock: "_Clock", lost: set[bytes]) -> Work:
-        """Look the spans up, and set the KV up so that each layer is placed when the forward comes to it."""
+    def _load(
+        self,
+        prompt: Prompt,
+        policy: RowPolicy,
+        ratio: float,
+        clock: "_Clock",
+        lost: set[bytes],
+        kv: Any = None,
+        done: int = 0,
+    ) -> Work:
+        """Look the spans up, and set the KV up so that each layer is placed when the forward comes to it.
+
+        kv: where to put them, by default a new one. done: first tokens whose exact KV stands there already.
+        """
         with clock("load"):
-            kv = self.runner.new_kv(len(prompt))
+            kv = self.runner.new_kv(len(prompt)) if kv is None else kv
             angles = self.runner.rotary.at(torch.arange(len(prompt)))
-            hits, kinds, loaded, reads = [], [], 0, []
+            hits, kinds, loaded, reads, covered = [], [], 0, [], done
             keys = [self._key(prompt, i) for i in range(len(prompt.spans))] if policy.reuse != "none" else []
-            stored = self._get([key for key in dict.fromkeys(keys) if key not in lost])
+            wanted = [key for key, (_, end) in zip(keys, prompt.spans, strict=False) if end > done]
+            stored = self._agreed(self._get([key for key in dict.fromkeys(wanted) if key not in lost]))
             for i, (start, end) in enumerate(prompt.spans):
                 tokens = prompt.tokens
                 found = None
+                if end <= done:
+                    kinds.append((start, end, "exact"))
+                    continue
                 if keys:
                     found = self._checked(stored.get(keys[i]), tokens[start:end], tokens[:start], angles)
                 if found is None:
                     kinds.append((start, end, "miss"))
                     continue
                 piece, exact = found
-                leading = exact and sum(h.end - h.start for h in hits) == start and all(h.exact for h in hits)
+                leading = exact and start <= covered
                 if policy.reuse == "prefix" and not leading:
                     kinds.append((start, end, "miss"))
                     continue
-                hits.append(_Hit(start, end, piece.chunk, exact))
+                covered = end if leading else covered
+                hits.append(_Hit(start, end, piece.chunk, exact, max(0, done - start)))
                 kinds.append((start, end, "exact" if exact else "reused"))
                 loaded += piece.nbytes
                 if piece.reads is not None and piece.reads not in reads:
                     reads.append(piece.reads)
             if hits:
-                kv.fill_with(self._loader(hits, angles, clock.times))
+                kv.fill_with(_Loader(hits, angles, clock.times))
             candidate = torch.zeros(len(prompt), dtype=torch.bool)
             uncached = torch.ones(len(prompt), dtype=torch.bool)
+            uncached[:done] = False
             for hit in hits:
                 uncached[hit.start : hit.end] = False
-                candidate[hit.start : hit.end] = not hit.exact
+                candidate[hit.start + hit.skip : hit.end] = not hit.exact
             uncached[-1] = True
             candidate[-1] = False
         trace = Trace(
@@ -232,6 +317,14 @@ class Blender:
         deviation = Deviation(self.runner.num_layers, candidate)
         rows = uncached.nonzero().flatten()
         return Work(prompt, kv, trace, angles, candidate, uncached, rows, signals, deviation, reads)
+
+    def _agreed(self, stored: dict[bytes, Stored | None]) -> dict[bytes, Stored | None]:
+        """What every rank that holds a part of the heads has found: all of them must compute the same rows."""
+        reduce = getattr(self.runner, "reduce", None)
+        if reduce is None or not stored:
+            return stored
+        found = reduce(torch.tensor([float(chunk is not None) for chunk in stored.values()])).round().tolist()
+        return {key: stored[key] if n == self.runner.ranks else None for key, n in zip(stored, found, strict=True)}
 
     def _get(self, keys: Sequence[bytes]) -> dict[bytes, Stored | None]:
         """Chunks by key; from a store that can, all in one call and layer by layer."""
@@ -252,20 +345,6 @@ class Blender:
             return None
         return stored, stored.chunk.exact_after == context_digest(before, angles.regime())
 
-    def _loader(self, hits: list[_Hit], angles: Angles, times: dict[str, float]):
-        parts = [angles[h.start : h.end] for h in hits]
-
-        def load(layer: int, k: Tensor, v: Tensor) -> None:
-            began = time.perf_counter()
-            for hit, part in zip(hits, parts, strict=True):
-                piece, turn = part.layers[layer], part.turns[layer]
-                for slot, buffer in ((0, k), (1, v)):
-                    source = hit.chunk.layers[layer][slot].to(buffer.device)
-                    place(buffer, source, hit.start, turn if piece is not None and piece.slot == slot else None, piece)
-            times["place"] = times.get("place", 0.0) + time.perf_counter() - began
-
-        return load
-
     def _plan(self, works: list[Work], policy: RowPolicy, ratio: float, clock: "_Clock") -> Plan:
         schedule = policy.schedule(self.runner.num_layers, ratio) if 0.0 < ratio < 1.0 else {0: ratio}
         open_ = any(bool(w.candidate.any()) for w in works)
@@ -281,14 +360,16 @@ class Blender:
                     self._probe(w, policy)
             with clock("select"):
                 for w in works:
-                    scores = w.note_scores(policy.score(w.signals))
+                    # Scores are means over heads, so that a mean over the ranks is exact.
+                    reduce, scores = getattr(self.runner, "reduce", None), policy.score(w.signals)
+                    scores = w.note_scores(scores if reduce is None else reduce(scores) / self.runner.ranks)
                     picked = top(scores, w.candidate, round(schedule[0] * int(w.candidate.sum())))
                     w.rows = torch.cat((picked, w.rows)).sort().values
         else:
             for w in works:
                 w.rows = (w.candidate | w.uncached).nonzero().flatten()
-            flops = self.runner.cost.check
-            checks = {i: deviation_chooser(policy, works, share, flops[i]) for i, share in schedule.items()}
+            flops, reduce = self.runner.cost.check, getattr(self.runner, "reduce", None)
+            checks = {i: deviation_chooser(policy, works, share, flops[i], reduce) for i, share in schedule.items()}
 
         def observe(layer: int, b: int, *seen: Tensor) -> None:
             works[b].deviation(layer, *seen)
@@ -325,12 +406,21 @@ class Blender:
         computed = torch.zeros(len(work.prompt), dtype=torch.bool)
         computed[work.trace.rows[-1]] = True
         stale = (work.candidate & ~computed).nonzero().flatten()
-        first_stale = int(stale[0]) if len(stale) else len(work.prompt)
-        for i, (start, end) in enumerate(work.prompt.spans):
-            key = self._key(work.prompt, i)
+        self.keep(work.prompt, work.kv, computed, int(stale[0]) if len(stale) else len(work.prompt))
+
+    def keep(self, prompt: Prompt, kv: Any, computed: Tensor, exact_tokens: int) -> int:
+        """Store the spans that are not stored yet, from KV that stands in `kv`; how many.
+
+        computed: [T] bool, tokens whose KV was computed for this prompt: a span is stored if all of it was.
+        exact_tokens: how many tokens from the start have exact KV.
+        """
+        angles, ids, added = self.runner.rotary.at(torch.arange(len(prompt))), prompt.tokens, 0
+        for i, (start, end) in enumerate(prompt.spans):
+            key = self._key(prompt, i)
             if bool(computed[start:end].all()) and key not in self.chunks:
-                ids = work.prompt.tokens
-                self.chunks.put(key, self._chunk(ids, work.kv, start, end, work.angles, exact=start <= first_stale))
+                self.chunks.put(key, self._chunk(ids, kv, start, end, angles, exact=start <= exact_tokens))
+                added += 1
+        return added
 
 
 class _Clock:

@@ -1,6 +1,6 @@
 """Choosing rows: the signals a policy asked for, and the plan that follows from its scores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,10 +99,17 @@ class Work:
         return self.trace.scores
 
 
-def deviation_chooser(policy: RowPolicy, works: Sequence[Work], share: float, check_flops: float) -> Chooser:
+def deviation_chooser(
+    policy: RowPolicy,
+    works: Sequence[Work],
+    share: float,
+    check_flops: float,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Chooser:
     """Chooser for a check layer: rows that were never reused go on, and the best of the reused ones that are left.
 
     share: how many of these, as a fraction of all reused tokens. check_flops: cost of a row up to the check.
+    reduce: sums a tensor over ranks that hold a part of the heads each, so that all of them choose the same rows.
     """
 
     def choose(layer: int, rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -111,8 +118,9 @@ def deviation_chooser(policy: RowPolicy, works: Sequence[Work], share: float, ch
             at, signals, old = rows[b].cpu(), work.signals, work.kv.layer(layer)
             work.trace.flops += check_flops * len(at.unique())
             work.deviation(layer, rows[b], k[b], v[b], *old)
-            signals.key_deviation, signals.key_energy = _distance(k[b], old[0], rows[b], len(work.prompt))
-            signals.value_deviation, signals.value_energy = _distance(v[b], old[1], rows[b], len(work.prompt))
+            length = len(work.prompt)
+            signals.key_deviation, signals.key_energy = _distance(k[b], old[0], rows[b], length, reduce)
+            signals.value_deviation, signals.value_energy = _distance(v[b], old[1], rows[b], length, reduce)
             left = torch.zeros_like(work.candidate)
             left[at] = work.candidate[at]
             stays = ~work.candidate
@@ -125,11 +133,14 @@ def deviation_chooser(policy: RowPolicy, works: Sequence[Work], share: float, ch
     return choose
 
 
-def _distance(new: Tensor, buffer: Tensor, rows: Tensor, tokens: int) -> tuple[Tensor, float]:
+def _distance(
+    new: Tensor, buffer: Tensor, rows: Tensor, tokens: int, reduce: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, float]:
     """[T] squared L2 distance of new [H, N, D] to the buffer's rows, zero elsewhere; and the mean squared norm of new.
 
     Rows that a batch repeats to fill up count once.
     """
     at, table = rows.cpu(), torch.zeros(2, tokens)
     table[:, at] = squared_deviation(new, buffer, rows).cpu()
+    table = table if reduce is None else reduce(table)
     return table[0], float(table[1].sum() / len(at.unique())) or 1e-12

@@ -1,0 +1,156 @@
+"""vLLM's paged KV: where a block keeps its K and V, and the KVView of one request.
+
+Writing goes through the attention implementation's own do_kv_cache_update. Reading needs to know the inside of a block,
+which is the backend's own affair (on CPU the view's token axis is false: keys are kept transposed). So a few layouts
+are tried on a block that was written by the backend itself, and the one that reads back the same numbers is taken.
+
+B tokens of a block, H KV heads of this rank, D head dim, T tokens of a prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmcache_blend.errors import UnsupportedModelError
+
+Views = tuple[Tensor, Tensor]
+Layout = Callable[[Tensor, int, int, int], Views]
+
+
+def _transposed_keys(kv: Tensor, b: int, h: int, d: int) -> Views:
+    """[blocks, H, (D B | B D)]: CPU."""
+    flat = kv.reshape(len(kv), h, 2 * b * d)
+    k = flat[..., : b * d].unflatten(2, (d, b)).transpose(2, 3)
+    return k, flat[..., b * d :].unflatten(2, (b, d))
+
+
+def _halves(kv: Tensor, b: int, h: int, d: int) -> Views:
+    """[blocks, H, (B D | B D)]."""
+    flat = kv.reshape(len(kv), h, 2 * b * d)
+    return flat[..., : b * d].unflatten(2, (b, d)), flat[..., b * d :].unflatten(2, (b, d))
+
+
+def _head_major(kv: Tensor, b: int, h: int, d: int) -> Views:
+    """[blocks, H, B, 2 D]."""
+    return kv[..., :d], kv[..., d:]
+
+
+def _token_major(kv: Tensor, b: int, h: int, d: int) -> Views:
+    """[blocks, B, H, 2 D]."""
+    return kv[..., :d].transpose(1, 2), kv[..., d:].transpose(1, 2)
+
+
+def _pair_first(kv: Tensor, b: int, h: int, d: int) -> Views:
+    """[2, blocks, B, H, D]: FlashAttention."""
+    return kv[0].transpose(1, 2), kv[1].transpose(1, 2)
+
+
+def _pair_first_heads(kv: Tensor, b: int, h: int, d: int) -> Views:
+    """[2, blocks, H, B, D]."""
+    return kv[0], kv[1]
+
+
+def _pair_second(kv: Tensor, b: int, h: int, d: int) -> Views:
+    """[blocks, 2, B, H, D]: FlashInfer, Triton."""
+    return kv[:, 0].transpose(1, 2), kv[:, 1].transpose(1, 2)
+
+
+def _pair_second_heads(kv: Tensor, b: int, h: int, d: int) -> Views:
+    """[blocks, 2, H, B, D]."""
+    return kv[:, 0], kv[:, 1]
+
+
+LAYOUTS: tuple[Layout, ...] = (
+    _transposed_keys, _halves, _head_major, _token_major, _pair_first, _pair_first_heads, _pair_second,
+    _pair_second_heads,
+)  # fmt: skip
+
+
+class PagedLayer:
+    """One attention layer's blocks. block: tokens of a block; k, v: views [blocks, H, B, D] of the cache itself."""
+
+    def __init__(self, name: str, attention: Any, cache: Tensor, block: int, scratch: int):
+        self.name, self.attention, self.cache, self.block = name, attention, cache, block
+        self.heads, self.dim = attention.num_kv_heads, attention.head_size
+        self.k, self.v = self._learn(scratch)
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v [n, H, D] into slots [n] (block * B + offset)."""
+        k, v = k.to(self.cache.dtype).contiguous(), v.to(self.cache.dtype).contiguous()
+        self.attention.impl.do_kv_cache_update(self.attention, k, v, self.cache, slots)
+
+    def read(self, blocks: Tensor, start: int, end: int) -> Views:
+        """Copies of K, V [H, n, D] of positions start..end of the request that has these blocks."""
+        first, last = start // self.block, -(-end // self.block)
+        cut = slice(start - first * self.block, end - first * self.block)
+        return tuple(x[blocks[first:last]].transpose(0, 1).flatten(1, 2)[:, cut] for x in (self.k, self.v))  # pyright: ignore
+
+    def _learn(self, scratch: int) -> Views:
+        """Write known numbers into a block that nobody uses, and find the layout that reads them back."""
+        cache = self.cache
+        if not hasattr(self.attention.impl, "do_kv_cache_update"):
+            raise UnsupportedModelError(f"{type(self.attention.impl).__name__} has no do_kv_cache_update")
+        shape = (self.block, self.heads, self.dim)
+        generator = torch.Generator().manual_seed(1)
+        k, v = (torch.randn(shape, generator=generator).to(cache) for _ in range(2))
+        self.write(torch.arange(self.block, device=cache.device) + scratch * self.block, k, v)
+        try:
+            for layout in LAYOUTS:
+                try:
+                    found = layout(cache, self.block, self.heads, self.dim)
+                    seen = [x[scratch].transpose(0, 1) for x in found]
+                except (RuntimeError, IndexError, ValueError):
+                    continue
+                if found[0].data_ptr() != found[1].data_ptr() and all(map(torch.equal, seen, (k, v))):
+                    return found
+        finally:
+            zero = torch.zeros(shape, dtype=cache.dtype, device=cache.device)
+            self.write(torch.arange(self.block, device=cache.device) + scratch * self.block, zero, zero)
+        raise UnsupportedModelError(
+            f"{self.name}: blocks of {type(self.attention.impl).__name__}, cache {list(cache.shape)} {cache.dtype}, "
+            "have a layout that is not known here; use the attention backend's default layout and KV type"
+        )
+
+
+class PagedKV:
+    """KVView of one request: positions 0..T-1 in its blocks. blocks: [n] int64 on the cache's device."""
+
+    def __init__(self, layers: Sequence[PagedLayer], blocks: Tensor, length: int):
+        self.layers, self.blocks, self.length = layers, blocks, length
+
+    def slots(self, layer: int, positions: Tensor) -> Tensor:
+        size = self.layers[layer].block
+        at = positions.to(self.blocks.device)
+        return self.blocks[at // size] * size + at % size
+
+    def layer(self, layer: int) -> Views:
+        """Copies of K, V [H, T, D]."""
+        return self.layers[layer].read(self.blocks, 0, self.length)
+
+    def read(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if len(positions) and int(positions[-1] - positions[0]) + 1 == len(positions):
+            k, v = self.layers[layer].read(self.blocks, int(positions[0]), int(positions[-1]) + 1)
+        else:
+            k, v = (x[:, positions] for x in self.layer(layer))
+        return k[None], v[None]
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        self.layers[layer].write(self.slots(layer, positions), k[0].transpose(0, 1), v[0].transpose(0, 1))
+
+    def fill_with(self, loader: Any) -> None:
+        """Call loader(layer, k, v) on a dense staging pair [H, T, D] for every layer, and write what it placed.
+
+        loader.positions: [n] int64, ascending, the positions that it fills; others are left as they are.
+        """
+        positions: Tensor = loader.positions
+        staging: dict[tuple[int, int], Views] = {}
+        for i, layer in enumerate(self.layers):
+            shape = (layer.heads, self.length, layer.dim)
+            if shape not in staging:
+                like = layer.cache
+                staging[shape] = tuple(torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))  # pyright: ignore
+            k, v = staging[shape]
+            loader(i, k, v)
+            layer.write(self.slots(i, positions), *(x[:, positions].transpose(0, 1) for x in (k, v)))
