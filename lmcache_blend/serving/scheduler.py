@@ -12,7 +12,7 @@ import torch
 
 from lmcache_blend.blend import by_separator, get_policy
 from lmcache_blend.config import cache_dir
-from lmcache_blend.engine import KVEngine, Keyer, chunk_key
+from lmcache_blend.engine import Keyer, KVEngine, chunk_key
 from lmcache_blend.errors import ConfigError, LMCacheBlendError
 from lmcache_blend.serving.config import ServingConfig
 from lmcache_blend.serving.matching import SegmentIndex, Span, with_gaps
@@ -68,8 +68,8 @@ class BlendRequest:
 class State:
     """A request on its way.
 
-    whole, tail: how many whole chunks of it are stored, and whether the rest of its prompt is. blended: tokens from here
-    on are not exact.
+    whole, tail: how many whole chunks of it are stored, and whether the rest of its prompt is. blended: tokens from
+    here on are not exact.
     """
 
     request: Any
@@ -301,7 +301,9 @@ class SchedulerHalf:
 
     def _stores_segments(self, state: State) -> bool:
         settings = self.config.blend
-        return bool(settings and settings.store_misses and state.blend and state.blend.enabled and not self.blend_refused)
+        return bool(
+            settings and settings.store_misses and state.blend and state.blend.enabled and not self.blend_refused
+        )
 
     def finished(self, request: Any, report: dict[str, Any]) -> dict[str, Any] | None:
         state = self.states.pop(request.request_id, None)
