@@ -323,8 +323,9 @@ class Blender:
         reduce = getattr(self.runner, "reduce", None)
         if reduce is None or not stored:
             return stored
+        ranks = getattr(self.runner, "ranks", 1)
         found = reduce(torch.tensor([float(chunk is not None) for chunk in stored.values()])).round().tolist()
-        return {key: stored[key] if n == self.runner.ranks else None for key, n in zip(stored, found, strict=True)}
+        return {key: stored[key] if n == ranks else None for key, n in zip(stored, found, strict=True)}
 
     def _get(self, keys: Sequence[bytes]) -> dict[bytes, Stored | None]:
         """Chunks by key; from a store that can, all in one call and layer by layer."""
@@ -362,7 +363,9 @@ class Blender:
                 for w in works:
                     # Scores are means over heads, so that a mean over the ranks is exact.
                     reduce, scores = getattr(self.runner, "reduce", None), policy.score(w.signals)
-                    scores = w.note_scores(scores if reduce is None else reduce(scores) / self.runner.ranks)
+                    if reduce is not None:
+                        scores = reduce(scores) / getattr(self.runner, "ranks", 1)
+                    scores = w.note_scores(scores)
                     picked = top(scores, w.candidate, round(schedule[0] * int(w.candidate.sum())))
                     w.rows = torch.cat((picked, w.rows)).sort().values
         else:

@@ -223,15 +223,17 @@ class SchedulerHalf:
         return [s for s in spans if s[1] - s[0] >= settings.min_tokens]
 
     def _mark(self) -> list[int]:
-        if self._separator is None:
+        found = self._separator
+        if found is None:
             assert self.config.blend is not None
             mark = self.config.blend.separator
             if isinstance(mark, str):
-                mark = mark.rstrip() or mark  # in a text its last space belongs to the word behind it
-            tokenizer = self._tokenizer() if isinstance(mark, str) else None
-            self._separator = list(mark) if tokenizer is None else tokenizer.encode(mark, add_special_tokens=False)
-        assert self._separator is not None
-        return self._separator
+                # In a text its last space belongs to the word behind it.
+                found = list(self._tokenizer().encode(mark.rstrip() or mark, add_special_tokens=False))
+            else:
+                found = list(mark)
+            self._separator = found
+        return found
 
     def _make_private(self, request: Any, exact: int, state: State) -> None:
         """Keep blended blocks from every other request's prefix hits.
