@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from lmcache_blend.blend import Blender, policies
 from lmcache_blend.config import BlendConfig
-from lmcache_blend.eval.tasks import build_prompt, load_task
+from lmcache_blend.eval.tasks import load_task, nearest_prompts
 from lmcache_blend.hf import HFRunner, load_runner
 from lmcache_blend.types import Prompt
 
@@ -91,9 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     runner = load_runner(given.model, dtype="float32")
     task = load_task(given.task, given.data, 100, 0)
-    prompts = [build_prompt(s, task.kind, runner.tokenizer) for s in task.samples]
-    prompts = sorted((p for p in prompts if len(p) <= runner.max_tokens), key=lambda p: abs(len(p) - given.tokens))
-    rows = bench(runner, prompts[: given.prompts], given.methods.split(","), given.recompute_ratio, given.repeats)
+    prompts = nearest_prompts(task, runner, given.tokens, given.prompts)
+    rows = bench(runner, prompts, given.methods.split(","), given.recompute_ratio, given.repeats)
     title = (
         f"{given.model}, {task.name}, {rows[0]['tokens']:.0f} tokens, ratio {given.recompute_ratio}, "
         f"{rows[0]['rounds']} rounds, {rows[0]['threads']} threads (median of ratios)"

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,12 @@ Row = dict[str, Any]
 class Link:
     """A tier behind a link of `gbit_s` (10^9 bits per second, both directions together); infinite lets all through.
 
-    inner: settings of the tier, {"tier": name or URL, its options}. All calls share the link.
+    inner: name or URL of the tier. options: its own. All calls share the link.
     """
 
-    def __init__(self, inner: Mapping[str, Any], gbit_s: float = math.inf):
+    def __init__(self, inner: str, gbit_s: float = math.inf, **options: Any):
         self.gbit_s, self._free, self._lock = gbit_s, 0.0, threading.Lock()
-        self._inner: Tier = make_tier(**{"spec" if k == "tier" else k: v for k, v in inner.items()})
+        self._inner: Tier = make_tier(inner, **options)
         self.threads, self.capacity_bytes = self._inner.threads, self._inner.capacity_bytes
 
     def _pass(self, outcomes: list[Outcome]) -> list[Outcome]:
@@ -135,13 +135,13 @@ def bench(
 
 
 def _engine(tier: str, codec: dict[str, Any], stack: ExitStack) -> KVEngine:
-    inner: dict[str, Any] = {"tier": tier}
+    link: dict[str, Any] = {"tier": f"{__name__}:Link", "inner": tier, "codec": codec}
+    link["faults"] = {"timeout_s": 120.0}  # a slow link is no fault
     if tier == "cpu":
-        inner["capacity_bytes"] = 4 << 30
+        link["capacity_bytes"] = 4 << 30
     if tier == "disk":
-        inner["path"] = stack.enter_context(tempfile.TemporaryDirectory())
-    faults = {"timeout_s": 120.0}  # a slow link is no fault
-    return KVEngine(tiers=[{"tier": f"{__name__}:Link", "inner": inner, "codec": codec, "faults": faults}])
+        link["path"] = stack.enter_context(tempfile.TemporaryDirectory())
+    return KVEngine(tiers=[link])
 
 
 def crossings(rows: Sequence[Row]) -> dict[str, list[float] | str]:

@@ -71,7 +71,7 @@ def _line(row: dict[str, Any]) -> str:
 def _blend(arguments: argparse.Namespace, write_json: Any) -> None:
     from lmcache_blend.codecs import get_codec
     from lmcache_blend.errors import ConfigError
-    from lmcache_blend.eval.tasks import build_prompt, load_task
+    from lmcache_blend.eval.tasks import load_task, nearest_prompts
     from lmcache_blend.eval.tier_bench import RAW, bench, write_plot
     from lmcache_blend.hf import load_runner
 
@@ -84,12 +84,7 @@ def _blend(arguments: argparse.Namespace, write_json: Any) -> None:
             raise ConfigError(f"{name} = {value:g}: must be above 0")
     runner = load_runner(arguments.model, dtype="float32")
     task = load_task(arguments.task, arguments.data, 100, 0)
-    prompts = [build_prompt(s, task.kind, runner.tokenizer) for s in task.samples]
-    shortest = min(map(len, prompts))
-    prompts = [p for p in prompts if len(p) <= runner.max_tokens]
-    if not prompts:
-        raise ConfigError(f"{task.name} has prompts of {shortest} tokens or more, the model takes {runner.max_tokens}")
-    prompts = sorted(prompts, key=lambda p: abs(len(p) - arguments.tokens))[: arguments.limit]
+    prompts = nearest_prompts(task, runner, arguments.tokens, arguments.limit)
     codecs = [RAW, get_codec(arguments.codec).get_config()]
     how = (arguments.policy, arguments.recompute_ratio, arguments.rounds)
     rows = bench(runner, prompts, arguments.tier or ["cpu", "disk"], codecs, links, *how)

@@ -195,7 +195,7 @@ def chosen(heads: slice, reduce) -> list[int]:
     candidate = torch.zeros(40, dtype=torch.bool)
     candidate[:36] = True
     kv = HeadsKV(old[0, heads], old[1, heads])
-    work = Work(prompt, kv, Trace("", 0.2, 40), None, candidate, ~candidate, torch.arange(40),  # pyright: ignore
+    work = Work(prompt, kv, Trace("", 0.2, 40), candidate, ~candidate, torch.arange(40),  # pyright: ignore
                 base_signals(prompt, candidate), Deviation(2, candidate))  # fmt: skip
     choose = deviation_chooser(CacheBlend(), [work], 0.2, 0.0, reduce)
     return choose(1, torch.arange(40)[None], new[0, heads][None], new[1, heads][None])[0].tolist()

@@ -13,7 +13,7 @@ KEYS = [bytes([i]) * 32 for i in range(4)]
 
 
 def test_a_link_lets_no_more_through_than_its_speed():
-    link = Link({"tier": "cpu", "capacity_bytes": 8 << 20}, gbit_s=0.08)  # 10 MB/s
+    link = Link("cpu", gbit_s=0.08, capacity_bytes=8 << 20)  # 10 MB/s
     values = [[bytes(500_000)] for _ in KEYS]
     began = time.monotonic()
     assert link.put(KEYS, values) == [500_000] * 4

@@ -13,7 +13,7 @@ from typing import Any
 from lmcache_blend.config import Config
 from lmcache_blend.errors import ConfigError
 from lmcache_blend.eval.tasks.jsonl import load_jsonl
-from lmcache_blend.eval.tasks.prompts import answer_tokens, build_prompt, post_process
+from lmcache_blend.eval.tasks.prompts import answer_tokens, build_prompt, nearest_prompts, post_process
 from lmcache_blend.eval.tasks.sample import KINDS, Sample, Task, max_new_tokens
 from lmcache_blend.registry import Registry
 
@@ -25,6 +25,7 @@ __all__ = [
     "build_prompt",
     "load_task",
     "max_new_tokens",
+    "nearest_prompts",
     "post_process",
     "register_task",
     "task_options",

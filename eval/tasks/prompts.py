@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmcache_blend.errors import ConfigError, nearest
-from lmcache_blend.eval.tasks.sample import KINDS, Sample
+from lmcache_blend.eval.tasks.sample import KINDS, Sample, Task
 from lmcache_blend.types import Prompt
 
 LM_TAIL_TOKENS = 8
@@ -139,6 +139,16 @@ def build_prompt(
         raise ConfigError(f"sample {sample.id!r} has neither a question nor a text; give it one")
     parts = [part[at : at + chunk_tokens] for part in passages for at in range(0, len(part), chunk_tokens)]
     return Prompt.join(parts if with_context else [], question, prefix)
+
+
+def nearest_prompts(task: Task, runner: Any, tokens: int, count: int) -> list[Prompt]:
+    """Those `count` prompts of a task that fit into the model and are nearest to a length. Raises ConfigError."""
+    prompts = [build_prompt(sample, task.kind, runner.tokenizer) for sample in task.samples]
+    fitting = [prompt for prompt in prompts if len(prompt) <= runner.max_tokens]
+    if not fitting:
+        shortest = min(map(len, prompts))
+        raise ConfigError(f"{task.name} has prompts of {shortest} tokens or more, the model takes {runner.max_tokens}")
+    return sorted(fitting, key=lambda prompt: abs(len(prompt) - tokens))[:count]
 
 
 def answer_tokens(sample: Sample, kind: str, tokenizer: Any, limit: int = 64) -> Tensor | None:

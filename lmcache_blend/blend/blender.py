@@ -1,7 +1,7 @@
 """Blender: reuse the KV of stored chunks anywhere in a prompt, recompute the rows that a policy chooses."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lmcache_blend.blend.chunks import read_layers
 from lmcache_blend.blend.policies import RowPolicy, get_policy, policies
 from lmcache_blend.blend.prefill import Prefill, generate_batch
-from lmcache_blend.blend.runner import ModelRunner, Plan
+from lmcache_blend.blend.runner import Computed, ModelRunner, Plan
 from lmcache_blend.blend.segments import by_passages
 from lmcache_blend.blend.select import Deviation, Work, base_signals, deviation_chooser, run_probe, top
 from lmcache_blend.config import BlendConfig
@@ -69,6 +69,9 @@ class Blender:
         self.runner, self.config = runner, BlendConfig.from_env() if config is None else config
         self.chunks: ChunkStore = MemoryStore() if store is None else store
         self.policy = get_policy(self.config.policy, self.config.options)
+        # Where ranks hold a part of the heads each: sums a tensor over them, and how many they are.
+        self._reduce: Callable[[Tensor], Tensor] | None = getattr(runner, "reduce", None)
+        self._ranks: int = getattr(runner, "ranks", 1)
 
     # ------------------------------------------------------------------ text
     def prompt(self, passages: Prompt | Sequence[str] | str, question: str = "", prefix: str = "") -> Prompt:
@@ -187,15 +190,7 @@ class Blender:
             assert computed.logits is not None
             logits = [row[-1] for row in computed.logits]
             logits[0].argmax().item()  # the first token; waits for the device
-        total = clock.total()
-        stages = clock.stages()
-        for b, work in enumerate(works):
-            trace = work.trace
-            trace.rows = [torch.unique(r[b].cpu()) for r in computed.rows]
-            trace.flops += self.runner.cost.forward(trace.rows, len(work.prompt), 1)
-            trace.deviation, trace.ttft_ms, trace.stages_ms = work.deviation.table, total, stages
-            trace.loading_ms = sum(r.seconds for r in work.reads) * 1e3
-            trace.loading_wait_ms = sum(r.waited for r in work.reads) * 1e3
+        self._complete(works, computed, clock)
         if self.config.store_misses:
             for work in works:
                 self._store_misses(work)
@@ -218,29 +213,33 @@ class Blender:
         chosen, ratio = self._chosen(policy, recompute_ratio)
         lost: set[bytes] = set()
         while True:
-            clock, work, failed = _Clock(), None, b""
+            clock, work = _Clock(), None
             try:
                 work = self._load(prompt, chosen, ratio, clock, lost, kv, done)
             except ChunkLostError as error:
-                failed = error.key
-            if failed:
-                lost.add(failed)
-            reduce = getattr(self.runner, "reduce", None)
-            if work is not None and (reduce is None or not float(reduce(torch.zeros(1)))):
+                lost.add(error.key)
+            # One rank's loss sends all of them round again.
+            failed = torch.full((1,), float(work is None))
+            if not float(failed if self._reduce is None else self._reduce(failed)):
                 break
-            if work is None and reduce is not None:
-                reduce(torch.ones(1))
+        assert work is not None
         plan = self._plan([work], chosen, ratio, clock)
         plan.rows, plan.observer = [work.rows[work.rows < len(prompt) - 1]], None
         with clock("forward"):
             computed = self.runner.forward([prompt.tokens], [kv], plan)
-        trace = work.trace
-        trace.rows = [r[0].cpu() for r in computed.rows]
-        trace.flops += self.runner.cost.forward(trace.rows, len(prompt), 0)
-        trace.deviation, trace.ttft_ms, trace.stages_ms = work.deviation.table, clock.total(), clock.stages()
-        trace.loading_ms = sum(r.seconds for r in work.reads) * 1e3
-        trace.loading_wait_ms = sum(r.waited for r in work.reads) * 1e3
+        self._complete([work], computed, clock)
         return work
+
+    def _complete(self, works: Sequence[Work], computed: Computed, clock: "_Clock") -> None:
+        """Put into the traces what the forward did."""
+        total, stages = clock.total(), clock.stages()
+        for b, work in enumerate(works):
+            trace = work.trace
+            trace.rows = [torch.unique(r[b].cpu()) for r in computed.rows]
+            trace.flops += self.runner.cost.forward(trace.rows, len(work.prompt), int(computed.logits is not None))
+            trace.deviation, trace.ttft_ms, trace.stages_ms = work.deviation.table, total, stages
+            trace.loading_ms = sum(r.seconds for r in work.reads) * 1e3
+            trace.loading_wait_ms = sum(r.waited for r in work.reads) * 1e3
 
     def _chosen(self, policy: str | RowPolicy | None, recompute_ratio: float | None) -> tuple[RowPolicy, float]:
         """The policy and ratio of one call."""
@@ -316,16 +315,14 @@ class Blender:
         signals = base_signals(prompt, candidate)
         deviation = Deviation(self.runner.num_layers, candidate)
         rows = uncached.nonzero().flatten()
-        return Work(prompt, kv, trace, angles, candidate, uncached, rows, signals, deviation, reads)
+        return Work(prompt, kv, trace, candidate, uncached, rows, signals, deviation, reads)
 
     def _agreed(self, stored: dict[bytes, Stored | None]) -> dict[bytes, Stored | None]:
         """What every rank that holds a part of the heads has found: all of them must compute the same rows."""
-        reduce = getattr(self.runner, "reduce", None)
-        if reduce is None or not stored:
+        if self._reduce is None or not stored:
             return stored
-        ranks = getattr(self.runner, "ranks", 1)
-        found = reduce(torch.tensor([float(chunk is not None) for chunk in stored.values()])).round().tolist()
-        return {key: stored[key] if n == ranks else None for key, n in zip(stored, found, strict=True)}
+        found = self._reduce(torch.tensor([float(chunk is not None) for chunk in stored.values()])).round().tolist()
+        return {key: stored[key] if n == self._ranks else None for key, n in zip(stored, found, strict=True)}
 
     def _get(self, keys: Sequence[bytes]) -> dict[bytes, Stored | None]:
         """Chunks by key; from a store that can, all in one call and layer by layer."""
@@ -362,17 +359,17 @@ class Blender:
             with clock("select"):
                 for w in works:
                     # Scores are means over heads, so that a mean over the ranks is exact.
-                    reduce, scores = getattr(self.runner, "reduce", None), policy.score(w.signals)
-                    if reduce is not None:
-                        scores = reduce(scores) / getattr(self.runner, "ranks", 1)
-                    scores = w.note_scores(scores)
+                    scores = policy.score(w.signals)
+                    scores = w.note_scores(scores if self._reduce is None else self._reduce(scores) / self._ranks)
                     picked = top(scores, w.candidate, round(schedule[0] * int(w.candidate.sum())))
                     w.rows = torch.cat((picked, w.rows)).sort().values
         else:
             for w in works:
                 w.rows = (w.candidate | w.uncached).nonzero().flatten()
-            flops, reduce = self.runner.cost.check, getattr(self.runner, "reduce", None)
-            checks = {i: deviation_chooser(policy, works, share, flops[i], reduce) for i, share in schedule.items()}
+            checks = {
+                i: deviation_chooser(policy, works, share, self.runner.cost.check[i], self._reduce)
+                for i, share in schedule.items()
+            }
 
         def observe(layer: int, b: int, *seen: Tensor) -> None:
             works[b].deviation(layer, *seen)
@@ -406,10 +403,7 @@ class Blender:
 
     def _store_misses(self, work: Work) -> None:
         """Keep the KV of spans met for the first time; it is exact only where nothing approximate stands before it."""
-        computed = torch.zeros(len(work.prompt), dtype=torch.bool)
-        computed[work.trace.rows[-1]] = True
-        stale = (work.candidate & ~computed).nonzero().flatten()
-        self.keep(work.prompt, work.kv, computed, int(stale[0]) if len(stale) else len(work.prompt))
+        self.keep(work.prompt, work.kv, *work.outcome())
 
     def keep(self, prompt: Prompt, kv: Any, computed: Tensor, exact_tokens: int) -> int:
         """Store the spans that are not stored yet, from KV that stands in `kv`; how many.
@@ -417,11 +411,14 @@ class Blender:
         computed: [T] bool, tokens whose KV was computed for this prompt: a span is stored if all of it was.
         exact_tokens: how many tokens from the start have exact KV.
         """
-        angles, ids, added = self.runner.rotary.at(torch.arange(len(prompt))), prompt.tokens, 0
+        angles, added = None, 0
         for i, (start, end) in enumerate(prompt.spans):
             key = self._key(prompt, i)
             if bool(computed[start:end].all()) and key not in self.chunks:
-                self.chunks.put(key, self._chunk(ids, kv, start, end, angles, exact=start <= exact_tokens))
+                if angles is None:  # most prompts bring nothing new
+                    angles = self.runner.rotary.at(torch.arange(len(prompt)))
+                exact = start <= exact_tokens
+                self.chunks.put(key, self._chunk(prompt.tokens, kv, start, end, angles, exact=exact))
                 added += 1
         return added
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lmcache_blend.blend.policies import RowPolicy, Signals
 from lmcache_blend.blend.runner import Chooser, ModelRunner, Plan
-from lmcache_blend.rotary import Angles
 from lmcache_blend.triton_kernels.selection import squared_deviation, top_rows
 from lmcache_blend.types import Prompt, Trace
 
@@ -85,7 +84,6 @@ class Work:
     prompt: Prompt
     kv: Any
     trace: Trace
-    angles: Angles
     candidate: Tensor
     uncached: Tensor
     rows: Tensor
@@ -97,6 +95,13 @@ class Work:
         """Keep a policy's scores [T] in the trace, -inf where a token is no candidate."""
         self.trace.scores = torch.where(self.candidate, scores.float().cpu(), -torch.inf)
         return self.trace.scores
+
+    def outcome(self) -> tuple[Tensor, int]:
+        """After the forward: [T] bool, tokens computed in every layer; and how many from the start are exact."""
+        computed = torch.zeros(len(self.prompt), dtype=torch.bool)
+        computed[self.trace.rows[-1]] = True
+        stale = (self.candidate & ~computed).nonzero().flatten()
+        return computed, int(stale[0]) if len(stale) else len(self.prompt)
 
 
 def deviation_chooser(

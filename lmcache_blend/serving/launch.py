@@ -104,12 +104,7 @@ def plan(model: str, options: ServeOptions, flags: Sequence[str], *, folder: str
     """
     if has_flag(flags, CONFIG_FLAG):
         raise ConfigError(f"{CONFIG_FLAG} is what this command sets; start `vllm serve` itself to give your own")
-    config = {
-        "kv_connector": CONNECTOR,
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": options.connector(),
-    }
+    config = transfer_config(options.connector())
     arguments = ["serve", folder or model, *flags]
     if folder is not None and not has_flag(flags, "--served-model-name"):
         arguments += ["--served-model-name", model]
@@ -121,6 +116,16 @@ def plan(model: str, options: ServeOptions, flags: Sequence[str], *, folder: str
         arguments += ["--distributed-executor-backend", ONE_PROCESS]
     arguments += [CONFIG_FLAG, json.dumps(config)]
     return Launch(tuple(arguments), environment(folder or model) if cpu else {})
+
+
+def transfer_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's --kv-transfer-config for our connector with these settings."""
+    return {
+        "kv_connector": CONNECTOR,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": settings,
+    }
 
 
 def environment(model: str) -> dict[str, str]:

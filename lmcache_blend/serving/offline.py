@@ -7,8 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from lmcache_blend.serving import CONNECTOR
-from lmcache_blend.serving.launch import ONE_PROCESS, environment, on_cpu, require_vllm
+from lmcache_blend.serving.launch import ONE_PROCESS, environment, on_cpu, require_vllm, transfer_config
 from lmcache_blend.serving.requests import FORCED, Answer, Request
 
 
@@ -39,12 +38,7 @@ class OfflineClient:
 
         options: dict[str, Any] = {"distributed_executor_backend": ONE_PROCESS} if on_cpu() else {}
         if connector is not None:
-            options["kv_transfer_config"] = KVTransferConfig(
-                kv_connector=CONNECTOR,
-                kv_role="kv_both",
-                kv_load_failure_policy="recompute",
-                kv_connector_extra_config=connector,
-            )
+            options["kv_transfer_config"] = KVTransferConfig(**transfer_config(connector))
         options |= {"model": model, "dtype": dtype, "max_model_len": max_tokens, "max_num_seqs": concurrency}
         forced = "lmcache_blend.serving.forced:ForcedTokens"
         self._llm = vllm.LLM(max_logprobs=-1, enforce_eager=enforce_eager, logits_processors=[forced], **options)

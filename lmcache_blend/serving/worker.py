@@ -147,12 +147,9 @@ class WorkerHalf:
             prompt, kv, load.prefix_end, policy=policy, recompute_ratio=load.blend.recompute_ratio
         )
         spent = (time.perf_counter() - began) * 1e3
-        trace, computed = work.trace, torch.zeros(len(prompt), dtype=torch.bool)
-        computed[trace.rows[-1]] = True
+        trace, (computed, exact) = work.trace, work.outcome()
         computed[: load.prefix_end] = True
-        stale = (work.candidate & ~computed).nonzero().flatten()
-        self._computed[load.request] = computed
-        self._exact[load.request] = int(stale[0]) if len(stale) else len(prompt)
+        self._computed[load.request], self._exact[load.request] = computed, exact
         reused = sum(end - max(start, load.prefix_end) for start, end, kind in trace.hits
                      if kind != "miss" and end > load.prefix_end)  # fmt: skip
         recomputed = int((work.candidate & computed).sum())

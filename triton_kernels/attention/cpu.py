@@ -72,7 +72,7 @@ def selected_rows(
     """`ops.selective_attention` of dense keys: (out [B, Hq, N, Dv], log-sum-exp [B, Hq, N] or nothing)."""
     b, hq, n, _ = q.shape
     out = q.new_empty(b, n, hq, v.shape[-1]).transpose(1, 2)
-    sums = q.new_empty((b, n, hq) if need_lse else (0, 1, 1), dtype=torch.float32).transpose(1, 2)
+    sums = q.new_empty((b, n, hq), dtype=torch.float32).transpose(1, 2) if need_lse else q.new_empty(0).float()
     # Products of 16-bit matrices are several times slower than casting both, on CPUs without AMX.
     q, k, v = q.float(), k.float(), v.float()
     for i in range(0, n, BLOCK_ROWS):
@@ -90,7 +90,7 @@ def selected_rows(
             )
             nothing = (positions[:, rows] < 0)[:, None, :, None]
             out[:, :, rows] = torch.where(nothing, 0.0, part)
-    return out, sums if need_lse else sums.flatten()
+    return out, sums
 
 
 def key_mass(
