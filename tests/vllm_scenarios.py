@@ -241,7 +241,10 @@ def blend(model: str, folder: Path, **options: Any) -> Any:
     # Several at once, blended and plain.
     prompts = [joined([pieces[i] for i in order], head, tail) for order in ((0, 1, 2), (2, 1, 0), (3, 4), (1, 3))]
     wanted = [server.tokens([p], {"blend": False}, salt="a fourth tenant")[0] for p, _ in prompts]
-    ask = [{"blend": {"spans": s, "recompute_ratio": 1.0}} if i % 2 else {"blend": False} for i, (_, s) in enumerate(prompts)]
+    ask = [
+        {"blend": {"spans": s, "recompute_ratio": 1.0}} if i % 2 else {"blend": False}
+        for i, (_, s) in enumerate(prompts)
+    ]
     out["same"]["several at once"] = server.tokens([p for p, _ in prompts], ask) == wanted
     out["leaked"] = free - server.free_blocks()
     return out

@@ -95,7 +95,9 @@ class ServingConfig(Config):
         Raises ConfigError for unknown keys, values out of range, and a file that cannot be read.
         """
         extra = dict(extra or {})
-        path = extra.pop("config_file", None) or next((os.environ[v] for v in FILE_VARIABLES if os.environ.get(v)), None)
+        path = extra.pop("config_file", None) or next(
+            (os.environ[v] for v in FILE_VARIABLES if os.environ.get(v)), None
+        )
         return cls(**_translated({**(_file(path) if path else {}), **extra}))
 
     def engine(self, without_memory: bool = False) -> EngineConfig:
@@ -104,7 +106,9 @@ class ServingConfig(Config):
         if without_memory:
             tiers = [t for t in tiers if t.tier != "cpu"]
             if not tiers:
-                raise ConfigError("with several workers the scheduler cannot see the cpu tier: add a disk or remote tier")
+                raise ConfigError(
+                    "with several workers the scheduler cannot see the cpu tier: add a disk or remote tier"
+                )
         return EngineConfig(tiers=tuple(tiers), max_pending_bytes=self.max_pending_bytes, threads=self.threads)
 
     @property

@@ -22,14 +22,18 @@ def fingerprint(vllm_config: Any) -> str:
     config = {k: v for k, v in model.hf_config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     cache = vllm_config.cache_config.cache_dtype
-    digest.update(f"{model.dtype} {cache} {model.quantization} {model.max_model_len if _scales(config) else ''}".encode())
+    digest.update(
+        f"{model.dtype} {cache} {model.quantization} {model.max_model_len if _scales(config) else ''}".encode()
+    )
     load_format = str(vllm_config.load_config.load_format)
     if load_format == "dummy":
         digest.update(f"dummy {model.seed}".encode())
         return digest.hexdigest()
     files = _files(str(model.model), model.revision)
     if not files:
-        raise ConfigError(f"model {model.model!r}: no weight files found, so its KV cannot be told from another model's")
+        raise ConfigError(
+            f"model {model.model!r}: no weight files found, so its KV cannot be told from another model's"
+        )
     for path in files:
         digest.update(path.name.encode() + _sample(path))
     return digest.hexdigest()

@@ -188,14 +188,18 @@ class VLLMRunner:
             window, cap = getattr(impl, "sliding_window", None), getattr(impl, "logits_soft_cap", None)
             for name in ("alibi_slopes", "sinks"):
                 if getattr(impl, name, None) is not None:
-                    raise UnsupportedModelError(f"query probes do not know {name}; choose the policy epic or cacheblend")
+                    raise UnsupportedModelError(
+                        f"query probes do not know {name}; choose the policy epic or cacheblend"
+                    )
             if cap:
                 raise UnsupportedModelError("query probes do not know soft caps; choose the policy epic or cacheblend")
             # (left, right) of FlashAttention counts the keys before a row, CPU attention the row as well.
             reach = window[0] + 1 if isinstance(window, tuple) else window
             visible = seen if not reach or reach <= 0 else seen & (columns[None] > rows[:, None] - reach)
 
-            def forward(_: Any, q: Tensor, k: Tensor, v: Tensor, cache: Any, metadata: Any, output: Tensor, *rest, **kw):
+            def forward(
+                _: Any, q: Tensor, k: Tensor, v: Tensor, cache: Any, metadata: Any, output: Tensor, *rest, **kw
+            ):
                 keys, values = kv.layer(layer)
                 query = q[: len(rows)].view(len(rows), -1, q.shape[-1] if q.dim() == 3 else keys.shape[-1])
                 mask = torch.zeros(visible.shape, dtype=query.dtype, device=self.device)
@@ -249,7 +253,9 @@ def paged_layers(vllm_config: Any, caches: dict[str, Tensor], groups: Sequence[t
     for name in names:
         attention, cache = context[name], caches[name]
         if not isinstance(cache, Tensor) or not hasattr(attention, "num_kv_heads"):
-            raise UnsupportedModelError(f"{name} is {type(attention).__name__}, whose state is no pair of K and V (MLA)")
+            raise UnsupportedModelError(
+                f"{name} is {type(attention).__name__}, whose state is no pair of K and V (MLA)"
+            )
         if cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UnsupportedModelError(f"a KV cache of {cache.dtype} is not stored; start with --kv-cache-dtype auto")
         out.append(PagedLayer(name, attention, cache, size[name], scratch=1))
@@ -299,13 +305,17 @@ def _check_rotation(index: int, layer: PagedLayer, table: RotaryTable, module: A
     generator = torch.Generator().manual_seed(2)
     k = torch.randn(len(positions), layer.heads * layer.dim, generator=generator)
     wanted = module.forward_native(
-        positions.to(module.cos_sin_cache.device), k.to(module.cos_sin_cache).clone(), k.to(module.cos_sin_cache).clone()
+        positions.to(module.cos_sin_cache.device),
+        k.to(module.cos_sin_cache).clone(),
+        k.to(module.cos_sin_cache).clone(),
     )[1]
     pair = k.view(len(positions), layer.heads, layer.dim).transpose(0, 1)
     got = table.at(positions).rotate(index, pair, pair)[0].transpose(0, 1).flatten(1)
     error = float((got - wanted.float().cpu()).norm() / got.norm())
     if not error <= (1e-4 if module.cos_sin_cache.dtype == torch.float32 else 0.02):
-        raise UnsupportedModelError(f"{layer.name}: {type(module).__name__} is no rotation that is known here ({error:.1e})")
+        raise UnsupportedModelError(
+            f"{layer.name}: {type(module).__name__} is no rotation that is known here ({error:.1e})"
+        )
 
 
 def _cost(model: Any, layers: Sequence[PagedLayer]) -> CostModel:

@@ -299,7 +299,9 @@ class SchedulerHalf:
 
     def _stores_segments(self, state: State) -> bool:
         settings = self.config.blend
-        return bool(settings and settings.store_misses and state.blend and state.blend.enabled and not self.blend_refused)
+        return bool(
+            settings and settings.store_misses and state.blend and state.blend.enabled and not self.blend_refused
+        )
 
     def finished(self, request: Any, report: dict[str, Any]) -> dict[str, Any] | None:
         state = self.states.pop(request.request_id, None)
