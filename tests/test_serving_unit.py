@@ -1,5 +1,6 @@
 """Serving without vLLM: settings, content matching, what a request may ask for, ranks that choose the same rows."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from lmcache_blend.types import Prompt, Trace
 # ---------------------------------------------------------------------- settings
 def test_lmcache_names_mean_the_same():
     config = ServingConfig.read(
-        {"chunk_size": 128, "local_cpu": True, "max_local_cpu_size": 2, "local_disk": "file:///kv", "max_local_disk_size": 3,
-         "remote_url": "redis://h:6379", "save_decode_cache": True, "save_unfull_chunk": False, "enable_blending": True,
+        {"chunk_size": 128, "local_cpu": True, "max_local_cpu_size": 2, "local_disk": "file:///kv",
+         "max_local_disk_size": 3, "remote_url": "redis://h:6379", "save_decode_cache": True, "save_unfull_chunk": False, "enable_blending": True,
          "blend_recompute_ratios": [0.2], "blend_special_str": " ## "}
     )  # fmt: skip
     assert config.chunk_tokens == 128
@@ -169,7 +170,7 @@ def test_gaps_are_cut_around_matches():
     a = random_text(1, 2000)
     spans = with_gaps(a, 0, [(700, 900)], 32)
     assert (700, 900) in spans
-    assert all(x[1] <= y[0] for x, y in zip(spans, spans[1:], strict=False))
+    assert all(x[1] <= y[0] for x, y in pairwise(spans))
 
 
 # ---------------------------------------------------------------------- tensor parallel

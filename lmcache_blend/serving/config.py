@@ -1,4 +1,4 @@
-"""Settings of the connector: kv_connector_extra_config, or one YAML file; LMCache's key names where they mean the same."""
+"""Settings of the connector: kv_connector_extra_config or one YAML file; LMCache's names where they mean the same."""
 
 import os
 from collections.abc import Callable, Mapping

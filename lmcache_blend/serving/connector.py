@@ -62,8 +62,8 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1:
             raise ConfigError(
-                f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: a stage holds a part of the layers, and chunks "
-                "hold all of them; start with --pipeline-parallel-size 1"
+                f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: a stage holds a part of the layers, and "
+                "chunks hold all of them; start with --pipeline-parallel-size 1"
             )
         if self._kv_transfer_config.kv_load_failure_policy != "recompute":
             # A chunk may be evicted or damaged at any time: that must cost a recomputation, not the request.

@@ -245,7 +245,8 @@ def paged_layers(vllm_config: Any, caches: dict[str, Tensor], groups: Sequence[t
     other = sorted(set(caches) - set(size))
     if other or len({gid for gid, *_ in groups}) > 1:
         raise UnsupportedModelError(
-            f"KV in several cache groups ({', '.join(other) or 'hybrid'}): start with --disable-hybrid-kv-cache-manager; "
+            f"KV in several cache groups ({', '.join(other) or 'hybrid'}): start with "
+            "--disable-hybrid-kv-cache-manager; "
             "state that is not attention's (Mamba) is not stored"
         )
     names = sorted(caches, key=lambda n: [int(part) for part in n.split(".") if part.isdigit()])

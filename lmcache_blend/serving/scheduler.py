@@ -12,7 +12,7 @@ import torch
 
 from lmcache_blend.blend import by_separator, get_policy
 from lmcache_blend.config import cache_dir
-from lmcache_blend.engine import KVEngine, Keyer, chunk_key
+from lmcache_blend.engine import Keyer, KVEngine, chunk_key
 from lmcache_blend.errors import ConfigError, LMCacheBlendError
 from lmcache_blend.serving.config import ServingConfig
 from lmcache_blend.serving.matching import SegmentIndex, Span, with_gaps
@@ -68,8 +68,8 @@ class BlendRequest:
 class State:
     """A request on its way.
 
-    whole, tail: how many whole chunks of it are stored, and whether the rest of its prompt is. blended: tokens from here
-    on are not exact.
+    whole, tail: how many whole chunks of it are stored, and whether the rest of its prompt is. blended: tokens from
+    here on are not exact.
     """
 
     request: Any
@@ -226,8 +226,8 @@ class SchedulerHalf:
         if self._separator is None:
             assert self.config.blend is not None
             mark = self.config.blend.separator
-            tokenizer = self._tokenizer() if isinstance(mark, str) else None
-            self._separator = list(mark) if tokenizer is None else tokenizer.encode(mark, add_special_tokens=False)
+            text = isinstance(mark, str)
+            self._separator = self._tokenizer().encode(mark, add_special_tokens=False) if text else [*map(int, mark)]
         assert self._separator is not None
         return self._separator
 

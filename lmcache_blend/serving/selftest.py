@@ -44,7 +44,8 @@ def self_test(runner: VLLMRunner, first_block: int = 1) -> float:
         difference = float((got[-1] - wanted[-1]).norm() / wanted[-1].norm())
         if not difference <= TOLERANCE[runner.layers[0].cache.dtype]:
             raise UnsupportedModelError(
-                f"recomputing {name} over noise changes the logits by {difference:.1e}, relative: blended KV would be wrong"
+                f"recomputing {name} over noise changes the logits by {difference:.1e}, relative: blended KV would be "
+                "wrong"
             )
         worst = max(worst, difference)
     for i, layer in enumerate(runner.layers):
