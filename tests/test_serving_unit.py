@@ -23,7 +23,8 @@ from lmcache_blend.types import Prompt, Trace
 def test_lmcache_names_mean_the_same():
     config = ServingConfig.read(
         {"chunk_size": 128, "local_cpu": True, "max_local_cpu_size": 2, "local_disk": "file:///kv",
-         "max_local_disk_size": 3, "remote_url": "redis://h:6379", "save_decode_cache": True, "save_unfull_chunk": False, "enable_blending": True,
+         "max_local_disk_size": 3, "remote_url": "redis://h:6379",
+         "save_decode_cache": True, "save_unfull_chunk": False, "enable_blending": True,
          "blend_recompute_ratios": [0.2], "blend_special_str": " ## "}
     )  # fmt: skip
     assert config.chunk_tokens == 128

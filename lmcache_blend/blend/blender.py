@@ -1,7 +1,7 @@
 """Blender: reuse the KV of stored chunks anywhere in a prompt, recompute the rows that a policy chooses."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,9 @@ class Blender:
         self.runner, self.config = runner, BlendConfig.from_env() if config is None else config
         self.chunks: ChunkStore = MemoryStore() if store is None else store
         self.policy = get_policy(self.config.policy, self.config.options)
+        # A runner whose heads are spread over ranks says how to sum over them, and how many they are.
+        self.reduce: Callable[[Tensor], Tensor] | None = getattr(runner, "reduce", None)
+        self.ranks: int = getattr(runner, "ranks", 1)
 
     # ------------------------------------------------------------------ text
     def prompt(self, passages: Prompt | Sequence[str] | str, question: str = "", prefix: str = "") -> Prompt:
@@ -225,7 +228,7 @@ class Blender:
                 failed = error.key
             if failed:
                 lost.add(failed)
-            reduce = getattr(self.runner, "reduce", None)
+            reduce = self.reduce
             if work is not None and (reduce is None or not float(reduce(torch.zeros(1)))):
                 break
             if work is None and reduce is not None:
@@ -320,11 +323,11 @@ class Blender:
 
     def _agreed(self, stored: dict[bytes, Stored | None]) -> dict[bytes, Stored | None]:
         """What every rank that holds a part of the heads has found: all of them must compute the same rows."""
-        reduce = getattr(self.runner, "reduce", None)
+        reduce = self.reduce
         if reduce is None or not stored:
             return stored
         found = reduce(torch.tensor([float(chunk is not None) for chunk in stored.values()])).round().tolist()
-        return {key: stored[key] if n == self.runner.ranks else None for key, n in zip(stored, found, strict=True)}
+        return {key: stored[key] if n == self.ranks else None for key, n in zip(stored, found, strict=True)}
 
     def _get(self, keys: Sequence[bytes]) -> dict[bytes, Stored | None]:
         """Chunks by key; from a store that can, all in one call and layer by layer."""
@@ -361,14 +364,14 @@ class Blender:
             with clock("select"):
                 for w in works:
                     # Scores are means over heads, so that a mean over the ranks is exact.
-                    reduce, scores = getattr(self.runner, "reduce", None), policy.score(w.signals)
-                    scores = w.note_scores(scores if reduce is None else reduce(scores) / self.runner.ranks)
+                    reduce, scores = self.reduce, policy.score(w.signals)
+                    scores = w.note_scores(scores if reduce is None else reduce(scores) / self.ranks)
                     picked = top(scores, w.candidate, round(schedule[0] * int(w.candidate.sum())))
                     w.rows = torch.cat((picked, w.rows)).sort().values
         else:
             for w in works:
                 w.rows = (w.candidate | w.uncached).nonzero().flatten()
-            flops, reduce = self.runner.cost.check, getattr(self.runner, "reduce", None)
+            flops, reduce = self.runner.cost.check, self.reduce
             checks = {i: deviation_chooser(policy, works, share, flops[i], reduce) for i, share in schedule.items()}
 
         def observe(layer: int, b: int, *seen: Tensor) -> None:

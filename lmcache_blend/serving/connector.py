@@ -119,6 +119,7 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
                 self._refuse(str(error))
         layers = runner.layers if runner is not None else paged_layers(self._vllm_config, caches, groups)
         rotary = None if self.config.exact else learn_rotary(model_runner.model, layers)
+        assert self.engine is not None
         self.there = WorkerHalf(self.config, self.engine, layers, rotary, runner)
         if self.one_process:
             self.there.reports = shared.reports

@@ -145,7 +145,7 @@ class PagedKV:
         loader.positions: [n] int64, ascending, the positions that it fills; others are left as they are.
         """
         positions: Tensor = loader.positions
-        staging: dict[tuple[int, int], Views] = {}
+        staging: dict[tuple[int, int, int], Views] = {}
         for i, layer in enumerate(self.layers):
             shape = (layer.heads, self.length, layer.dim)
             if shape not in staging:
