@@ -174,11 +174,11 @@ def main() -> None:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     data = [json.loads(line) for line in Path(args.data).read_text().splitlines() if line.strip()]
-    samples = [
-        {"head": ids("Answer the question from the documents.\n\n"), "question": ids(f"Question: {d['question']}\nAnswer:"),
-         "passages": [ids(f"Document: {c}\n\n") for c in d["contexts"]]}
-        for d in data
-    ]  # fmt: skip
+    head = ids("Answer the question from the documents.\n\n")
+    samples: list[dict[str, Any]] = []
+    for row in data:
+        passages = [ids(f"Document: {c}\n\n") for c in row["contexts"]]
+        samples.append({"head": head, "passages": passages, "question": ids(f"Question: {row['question']}\nAnswer:")})
     near = sorted(samples, key=lambda s: abs(sum(map(len, s["passages"])) - 1760))[: args.prompts]
     stream = [t for s in samples for p in s["passages"] for t in p]
     prompts = [stream[i * OFFLOAD_TOKENS : (i + 1) * OFFLOAD_TOKENS] for i in range(args.prompts)]
