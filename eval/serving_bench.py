@@ -188,7 +188,9 @@ def main() -> None:
         report["offload"] = offload(model, prompts, stream[-300:], codec, args.rounds)
     for part in ("blend", "compiled"):
         if part in args.parts.split(","):
-            extra = {"tiers": [{"tier": "cpu", "capacity_bytes": 2 << 30}], "blend": {"match": "spans"}}
+            # No prefixes: after a plain request, a blended one of the same prompt would find all of it.
+            tiers = [{"tier": "cpu", "capacity_bytes": 2 << 30}]
+            extra = {"tiers": tiers, "offload": False, "blend": {"match": "spans"}}
             job = {"model": model, "samples": near, "extra": extra, "compiled": part == "compiled"}
             rows = child("blend", job)
             report[part] = {f"{name}_ttft_ratio": ratio(rows[name], rows["plain"]) for name in POLICIES}
