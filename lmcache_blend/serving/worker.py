@@ -226,6 +226,7 @@ class WorkerHalf:
             self._computed.pop(name, None)
             self._exact.pop(name, None)
             self._failed.discard(name)
+            self.reports.pop(name, None)  # of a load that ended after its request
 
     def close(self) -> None:
         self._later.shutdown(cancel_futures=True)
