@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
-from lmcache_blend.engine.tiers.base import ABSENT, Miss, Outcome, PinningTier, Tier, size_of
+from lmcache_blend.engine.tiers.base import ABSENT, Miss, Outcome, PinningTier, SteppingTier, Tier, size_of
 from lmcache_blend.errors import ConfigError
 
 
@@ -80,6 +81,28 @@ class TierConformance:
             assert out == [n for _, n in cuts]
             for (at, n), buffer in zip(cuts, buffers, strict=True):
                 assert buffer == value[at : at + n], f"bytes {at} to {at + n} differ"
+
+    def test_reading_step_by_step(self) -> None:
+        with self._open() as tier:
+            if not isinstance(tier, SteppingTier):
+                return
+            value = pattern(self.sizes[-1], 0)
+            tier.put([key(0)], [[value]])
+            sizes, told = [len(value), 1, len(value) + 1], [[], [], []]
+            buffers = [bytearray(n) for n in sizes]
+
+            def reached(i: int, there: int) -> int:
+                assert buffers[i][:there] == value[:there], "told before it was read"
+                told[i].append(there)
+                return there + len(value) // 3
+
+            out = tier.get_stepwise(
+                [key(0), key(1), key(0)], [memoryview(b) for b in buffers], [partial(reached, i) for i in range(3)]
+            )
+            assert [cause(o) for o in out] == [None, "absent", "corrupt"]
+            assert buffers[0] == value
+            assert told[0] == sorted(told[0])
+            assert (told[0][0], told[0][-1], told[1]) == (0, len(value), [])
 
     def test_reading_past_the_end_is_a_miss(self) -> None:
         with self._open() as tier:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache_blend.engine.arena import PAGE, Arena
-from lmcache_blend.engine.copying import STREAMED, copy
+from lmcache_blend.engine.copying import SHARED, STREAMED, copy_all
 from lmcache_blend.engine.workers import Workers
 from lmcache_blend.errors import ConfigError
 
@@ -113,12 +113,17 @@ def test_a_call_that_hangs_for_ever_does_not_keep_the_process():
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
-@pytest.mark.parametrize("size", [1, 100, STREAMED - 1, STREAMED, STREAMED + 1, 300_007])
+@pytest.mark.parametrize("size", [1, 100, STREAMED - 1, STREAMED, STREAMED + 1, SHARED + 300_007])
 @pytest.mark.parametrize("shift", [0, 1, 31, 32, 64])
 def test_copies_past_the_caches_are_exact(size, shift):
     rng = np.random.default_rng(size + shift)
     source, target = rng.integers(0, 256, size + 200, np.uint8), np.zeros(size + 200, np.uint8)
-    copy(target.ctypes.data + shift, source.ctypes.data + 7, size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        copy_all([(target.ctypes.data + shift, source.ctypes.data + 7, size)])
+    finally:
+        torch.set_num_threads(threads)
     assert np.array_equal(target[shift : shift + size], source[7 : 7 + size])
     assert not target[:shift].any()
     assert not target[shift + size :].any()

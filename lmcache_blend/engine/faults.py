@@ -117,7 +117,7 @@ class Guard:
     ) -> float:
         """Try the rows once, and put their outcomes into `out`; the deadline, moved by the time that `each` took."""
         call: Callable[..., list[Outcome]] = getattr(self.tier, operation)
-        parts = min(len(rows), self.tier.threads) if operation in ("get", "put") else 1
+        parts = min(len(rows), self.tier.threads) if operation in ("get", "get_stepwise", "put") else 1
         pool, size = self._pools[operation != "put"], part or -(-len(rows) // parts)
         cuts = [rows[i : i + size] for i in range(0, len(rows), size)]
         self.metrics.queued(len(cuts))

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import get_args
+from typing import Any, get_args
 
 from lmcache_blend.codecs import Codec, get_codec
 from lmcache_blend.engine import values
@@ -15,7 +15,17 @@ from lmcache_blend.engine.events import EventLog
 from lmcache_blend.engine.eviction import policies
 from lmcache_blend.engine.faults import Each, Guard
 from lmcache_blend.engine.keys import TENANT_BYTES, tenant
-from lmcache_blend.engine.tiers.base import MemoryTier, Miss, Outcome, PinningTier, Tier, Value, make_tier, size_of
+from lmcache_blend.engine.tiers.base import (
+    MemoryTier,
+    Miss,
+    Outcome,
+    PinningTier,
+    SteppingTier,
+    Tier,
+    Value,
+    make_tier,
+    size_of,
+)
 from lmcache_blend.errors import CorruptChunkError, LMCacheBlendError
 from lmcache_blend.metrics import MissCause, TierMetrics
 
@@ -40,7 +50,7 @@ class ReadOnly(OSError):
 
 REFUSED = {"full": Full(), "too_large": TooLarge(), "read_only": ReadOnly()}
 
-PART_BYTES = 4 << 20
+PART_BYTES = 16 << 20
 """Read by one call of a batch, about."""
 ROUNDS = 16
 """How often room is made for one value before it is given up: other processes may take the room."""
@@ -84,6 +94,7 @@ class Level:
         self.guard = Guard(self.tier, self.name, config.faults, self.metrics)
         self.dirty: set[bytes] = set()
         """Keys that no tier below holds yet."""
+        self._steps = isinstance(self.tier, SteppingTier)
         self._pins = pins
         self._quotas = {tenant(salt): limit for salt, limit in config.quotas.items()}
         self._policy = policies.get(config.eviction)(self.tier.capacity_bytes or 0)
@@ -112,19 +123,35 @@ class Level:
             out = [Miss("absent") if key in self._leaving else o for key, o in zip(keys, out, strict=True)]
         return out
 
-    def get(
+    def get(self, keys: Sequence[bytes], buffers: Sequence[memoryview], offsets: Sequence[int]) -> list[Outcome]:
+        """Read parts of values into buffers, timed and counted."""
+        return self._read("get", keys, buffers, offsets)
+
+    def read(
         self,
         keys: Sequence[bytes],
         buffers: Sequence[memoryview],
-        offsets: Sequence[int],
+        reached: Sequence[Callable[[int], int]],
+        each: Each,
+    ) -> list[Outcome]:
+        """Read whole values, timed and counted. reached: of a SteppingTier, which others do not need. each: called with
+        every outcome as soon as it is known, so that decoding one chunk overlaps reading the next."""
+        if self._steps:
+            return self._read("get_stepwise", keys, buffers, reached, each)
+        return self._read("get", keys, buffers, [0] * len(keys), each)
+
+    def _read(
+        self,
+        operation: str,
+        keys: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        column: Sequence[Any],
         each: Each = lambda i, outcome: None,
     ) -> list[Outcome]:
-        """Read parts of values into buffers, timed and counted. each: called with every outcome as soon as it is known,
-        so that checking and decoding one chunk overlaps reading the next."""
         began = time.perf_counter()
         part = max(1, PART_BYTES * len(keys) // max(sum(b.nbytes for b in buffers), 1))
         part = min(part, -(-len(keys) // self.tier.threads))
-        out = self.guard.call("get", keys, buffers, offsets, each=each, part=part)
+        out = self.guard.call(operation, keys, buffers, column, each=each, part=part)
         self.metrics.moved("read", sum(o for o in out if isinstance(o, int)), time.perf_counter() - began)
         return out
 

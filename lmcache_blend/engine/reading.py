@@ -56,25 +56,42 @@ def read(
         buffers.append(buffer)
         slots.append(slot)
     wanted, hits = [keys[i] for i in rows], []
+    trusted = level.memory is not None
+    arriving = [values.Arriving(key, buffer, trusted) for key, buffer in zip(wanted, buffers, strict=True)]
 
-    def check(j: int, outcome: Outcome) -> None:
+    raw: list[tuple[int, values.Head]] = []
+
+    def arrived(j: int, outcome: Outcome) -> None:
+        if isinstance(outcome, Miss):
+            level.missed(wanted[j], outcome)
+            return
         try:
-            if isinstance(outcome, Miss):
-                raise CorruptChunkError(outcome.cause)
-            head = values.parse(buffers[j], wanted[j], len(buffers[j]), trusted=level.memory is not None)
+            head = arriving[j].whole()
+        except CorruptChunkError as error:
+            level.missed(wanted[j], Miss("corrupt", str(error)))
+            return
+        if head.meta.codec is None:
+            raw.append((j, head))  # making tensors now would keep the readers from the interpreter
+        else:
+            serve(j, head)
+
+    def serve(j: int, head: values.Head) -> None:
+        try:
             chunk = head.chunk(buffers[j], level.coder(head))
         except CorruptChunkError as error:
-            level.missed(wanted[j], outcome if isinstance(outcome, Miss) else Miss("corrupt", str(error)))
+            level.missed(wanted[j], Miss("corrupt", str(error)))
             return
         out[rows[j]] = chunk, len(buffers[j])
         hits.append(wanted[j])
         filled(wanted[j], chunk, slots[j] if head.meta.codec is None else None)
 
-    if level.memory is not None and into is None:
+    if trusted and into is None:
         for j, buffer in enumerate(buffers):
-            check(j, len(buffer))
+            arrived(j, len(buffer))
     else:
-        level.get(wanted, buffers, [0] * len(rows), check)
+        level.read(wanted, buffers, [value.reached for value in arriving], arrived)
+    for j, head in raw:
+        serve(j, head)
     level.metrics.hit(len(hits))
     level.touch(hits)
     return out

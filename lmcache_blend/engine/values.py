@@ -12,6 +12,7 @@ another's name a miss. The checksum tells damage, not malice: who can write to a
 Values in this process's own memory go without checksums ("checked": false).
 """
 
+import ctypes
 import json
 import struct
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from torch import Tensor
 from lmcache_blend.codecs import Codec, PipelineCodec
 from lmcache_blend.codecs.container import DTYPES, MAX_LAYERS, Container, Shape, parse_header, runs
 from lmcache_blend.codecs.pipeline import NAMES
-from lmcache_blend.engine.copying import copy
+from lmcache_blend.engine.copying import Piece, copy_all
 from lmcache_blend.engine.tiers.base import Part, Value
 from lmcache_blend.errors import ConfigError, CorruptChunkError
 from lmcache_blend.types import KVChunk, Pair
@@ -38,6 +39,8 @@ ROW = struct.Struct("<QQ16s")
 DIGEST, ALIGN, MAX_META = 16, 64, 1 << 20
 MAX_VALUE = 1 << 32
 """Bytes of a value at most: what a tier claims to hold is allocated before it can be checked."""
+STEP = 1 << 18
+"""Bytes that a reader is asked for at a time, at least."""
 HEAD_GUESS = 1 << 14
 """Bytes that hold the head and the token ids of most values, so that one read gets them."""
 
@@ -111,7 +114,7 @@ class Head:
         """The whole chunk; raw K and V are views of `data`. Raises CorruptChunkError."""
         tokens = self.tokens(data)
         if self.meta.codec is None:
-            layers = [self._raw(self.check(data, 1 + i), i) for i in range(len(self.meta.groups))]
+            layers = self._all_raw(data)
         else:
             for segment in range(1, len(self.table)):
                 self.check(data, segment)
@@ -119,10 +122,26 @@ class Head:
             self._fits(layers, 0)
         return KVChunk(tokens, tuple(layers), self.meta.exact_after)
 
+    def _all_raw(self, data: memoryview) -> list[Pair]:
+        """Layers that are all alike are made at once: single views cost more than checking what they show."""
+        parts, meta = [self.check(data, 1 + i) for i in range(len(self.meta.groups))], self.meta
+        if not parts:
+            return []
+        starts = [start for start, *_ in self.table[1:]]
+        (h, d, h2, d2), (k, v), t = meta.shapes[0], meta.dtypes[0], meta.tokens
+        step = starts[1] - starts[0] if len(starts) > 1 else 0
+        alike = len({*meta.shapes}) == len({*meta.dtypes}) == 1 and (h, d, k) == (h2, d2, v) and h * t * d
+        if not alike or starts != list(range(starts[0], starts[-1] + 1, step or 1)):
+            return [self._raw(part, i) for i, part in enumerate(parts)]
+        flat = _tensor(data[starts[0] : starts[-1] + len(parts[-1])], DTYPES[k])
+        shape, strides = (len(parts), h, t, d), (step // DTYPES[k].itemsize, t * d, d, 1)
+        both = (flat.as_strided(shape, strides, at).unbind(0) for at in (0, h * t * d))
+        return list(zip(*both, strict=True))
+
     def _raw(self, part: memoryview, layer: int) -> Pair:
         (h, d, h2, d2), (k, v) = self.meta.shapes[layer], self.meta.dtypes[layer]
         cut, tokens = self.meta.layer_bytes(layer)[0], self.meta.tokens
-        return _tensor(part[:cut], DTYPES[k], (h, tokens, d)), _tensor(part[cut:], DTYPES[v], (h2, tokens, d2))
+        return _tensor(part[:cut], DTYPES[k]).view(h, tokens, d), _tensor(part[cut:], DTYPES[v]).view(h2, tokens, d2)
 
     def _coder(self, codec: Codec | None) -> Codec:
         if codec is None:
@@ -134,6 +153,53 @@ class Head:
             (h, d, h2, d2), t = self.meta.shapes[i], self.meta.tokens
             if [tuple(x.shape) for x in pair] != [(h, t, d), (h2, t, d2)]:
                 raise CorruptChunkError(f"layer {i} does not decode to the shapes that the value's head names")
+
+
+class Arriving:
+    """The value of a key while it is read into `data`: each segment is checked as soon as it is whole.
+
+    So a reader that says how far it has come has its bytes checked while they are in the processor's cache.
+    trusted: as in `parse`.
+    """
+
+    def __init__(self, key: bytes, data: memoryview, trusted: bool = False):
+        self._key, self._data, self._trusted = key, data, trusted
+        self.reached(0)
+
+    def reached(self, there: int) -> int:
+        """The first `there` bytes are read, 0: reading begins, perhaps anew; how far to read next. Never raises."""
+        if there == 0:
+            self._head: Head | None = None
+            self._error: CorruptChunkError | None = None
+            self._done = 0
+            return min(HEAD_GUESS, len(self._data))
+        if self._error is None:
+            try:
+                return self._check(there)
+            except CorruptChunkError as error:
+                self._error = error
+        return len(self._data)
+
+    def _check(self, there: int) -> int:
+        head = self._head
+        if head is None:
+            need = PREFIX.size if there < PREFIX.size else head_bytes(self._data[:there])
+            if there < need <= len(self._data):
+                return need
+            self._head = head = parse(self._data, self._key, len(self._data), self._trusted)
+        ends = [start + size for start, size, _ in head.table]
+        while self._done < len(ends) and ends[self._done] <= there:
+            head.check(self._data, self._done)
+            self._done += 1
+        # As much as is worth a call, up to the end of a segment: then it is checked from the cache.
+        return next((end for end in ends[self._done :] if end >= there + STEP), head.nbytes)
+
+    def whole(self) -> Head:
+        """The head, after everything is read and was checked. Raises CorruptChunkError."""
+        self.reached(len(self._data))
+        if self._error or self._head is None or self._done < len(self._head.table):
+            raise self._error or CorruptChunkError("the value ends within a segment")
+        return replace(self._head, meta=replace(self._head.meta, checked=False))
 
 
 class RawValue(Sequence[Part]):
@@ -249,7 +315,10 @@ class Blank:
     def fill(self, slot: np.ndarray, layers: Sequence[Pair]) -> None:
         """Copy all layers into slot [nbytes] uint8; from CUDA through its current stream, finished on return."""
         self.begin(slot)
-        waits = [self.put(slot, i, *pair) for i, pair in enumerate(layers)]
+        pieces: list[Piece] = []
+        layers = list(layers)  # which keeps them until they are copied
+        waits = [self._put(slot, i, *pair, pieces) for i, pair in enumerate(layers)]
+        copy_all(pieces)
         if any(waits):
             torch.cuda.current_stream().synchronize()
 
@@ -261,6 +330,13 @@ class Blank:
 
     def put(self, slot: np.ndarray, layer: int, k: Tensor, v: Tensor) -> bool:
         """Copy one layer; whether a copy from CUDA may still run. Raises ConfigError where its shape is another."""
+        pieces: list[Piece] = []
+        waits = self._put(slot, layer, k, v, pieces)
+        copy_all(pieces)
+        return waits
+
+    def _put(self, slot: np.ndarray, layer: int, k: Tensor, v: Tensor, pieces: list[Piece]) -> bool:
+        """As put, but what lies on the CPU in one piece is left to the caller."""
         (h, d, h2, d2), types, t = self.meta.shapes[layer], self.meta.dtypes[layer], self.meta.tokens
         at, base, waits = self._spans[1 + layer][0], slot.ctypes.data, False
         for x, shape, dtype in ((k, (h, t, d), types[0]), (v, (h2, t, d2), types[1])):
@@ -268,7 +344,7 @@ class Blank:
                 raise ConfigError(f"layer {layer} is {x.dtype} {list(x.shape)}, not {dtype} {list(shape)}")
             size = x.nbytes
             if x.is_cpu and x.is_contiguous():
-                copy(base + at, x.data_ptr(), size)
+                pieces.append((base + at, x.data_ptr(), size))
             elif size:
                 piece = torch.from_numpy(slot[at : at + size]).view(x.dtype).view(x.shape)
                 piece.copy_(x.detach(), non_blocking=True)
@@ -361,15 +437,18 @@ def _ids(tokens: Tensor) -> bytes:
 
 def _bytes(x: Tensor) -> memoryview:
     """The tensor's memory, copied only where it is not one piece on the CPU."""
-    flat = x.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    x = x if x.is_cpu and x.is_contiguous() else x.detach().cpu().contiguous()
+    # Each operation of torch, views too, lets go of the interpreter, and waits for it where other threads write.
+    memory = (ctypes.c_ubyte * x.nbytes).from_address(x.data_ptr())
+    memory.owner = x  # pyright: ignore[reportAttributeAccessIssue]
+    return memoryview(memory).cast("B")
 
 
-def _tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:
+def _tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
     if not len(data):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(0, dtype=dtype)
     # torch has no tensors of read-only memory.
-    return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=dtype).view(shape)
+    return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=dtype)
 
 
 def _meta(chunk: KVChunk, groups: tuple[int, ...], codec: dict[str, Any] | None, checked: bool) -> Meta:

@@ -18,7 +18,7 @@ from several threads at once, at most `threads` of them for get and put.
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
@@ -115,6 +115,18 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Release threads, files and connections; what is stored stays, unless the tier is this process's memory."""
+        ...
+
+
+@runtime_checkable
+class SteppingTier(Tier, Protocol):
+    """A tier that reads a value step by step, so that each is checked while the processor's cache holds it."""
+
+    def get_stepwise(
+        self, keys: Sequence[bytes], buffers: Sequence[memoryview], reached: Sequence[Callable[[int], int]]
+    ) -> list[Outcome]:
+        """As `get` from the beginning of each value. reached[i] is told how many bytes of buffer i are there, first 0
+        and at last all; it answers how many should be there when it is asked next."""
         ...
 
 

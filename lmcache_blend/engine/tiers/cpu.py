@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lmcache_blend.engine.arena import Arena, HugePages
-from lmcache_blend.engine.copying import copy
+from lmcache_blend.engine.copying import Piece, copy_all
 from lmcache_blend.engine.tiers.base import (
     ABSENT,
     Entry,
@@ -92,15 +92,17 @@ class CpuTier:
     ) -> list[Outcome]:
         check_keys(keys)
         out: list[Outcome] = []
-        for key, buffer, at in zip(keys, buffers, offsets or [0] * len(keys), strict=True):
-            slot = self._slots.get(key)
+        pieces: list[Piece] = []
+        slots = [self._slots.get(key) for key in keys]
+        for slot, buffer, at in zip(slots, buffers, offsets or [0] * len(keys), strict=True):
             if slot is None:
                 out.append(ABSENT)
             elif at + buffer.nbytes > slot.size:
                 out.append(Miss("corrupt", f"{slot.size} bytes end before {at + buffer.nbytes}"))
             else:
-                copy(np.frombuffer(buffer, np.uint8).ctypes.data, slot.ctypes.data + at, buffer.nbytes)
+                pieces.append((np.frombuffer(buffer, np.uint8).ctypes.data, slot.ctypes.data + at, buffer.nbytes))
                 out.append(buffer.nbytes)
+        copy_all(pieces)
         return out
 
     def lookup(self, keys: Sequence[bytes]) -> list[Outcome]:

@@ -4,7 +4,7 @@ import errno
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -112,15 +112,23 @@ class DiskTier:
         items = zip(keys, buffers, offsets or [0] * len(keys), strict=True)
         return [self._guarded(self._get, *item) for item in items]
 
-    def _get(self, key: bytes, buffer: memoryview, offset: int) -> Outcome:
+    def get_stepwise(
+        self, keys: Sequence[bytes], buffers: Sequence[memoryview], reached: Sequence[Callable[[int], int]]
+    ) -> list[Outcome]:
+        check_keys(keys)
+        items = zip(keys, buffers, [0] * len(keys), reached, strict=True)
+        return [self._guarded(self._get, *item) for item in items]
+
+    def _get(self, key: bytes, buffer: memoryview, offset: int, reached: Callable[[int], int] | None = None) -> Outcome:
         fd = os.open(self._directory.path(key), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            done = 0
+            done, until = 0, buffer.nbytes if reached is None else reached(0)
             while done < buffer.nbytes:
-                n = os.preadv(fd, [buffer[done:]], offset + done)
+                n = os.preadv(fd, [buffer[done:until]], offset + done)
                 if n == 0:
                     return Miss("corrupt", f"the file ends {buffer.nbytes - done} bytes early")
                 done += n
+                until = until if reached is None else reached(done)
             if offset == 0:
                 # So that a restart knows what was used last; no reason to fail where it is not allowed.
                 with suppress(OSError):
