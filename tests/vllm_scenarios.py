@@ -145,11 +145,13 @@ def aborts(model: str, folder: Path) -> Any:
     for steps in (0, 1, 2, 4):
         names = []
         for i, prompt in enumerate(mixed()):
-            name = f"{steps}-{i}"
-            names.append(engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(max_tokens=20)) or name)
+            sampling = SamplingParams(max_tokens=20)
+            names.append(engine.add_request(f"{steps}-{i}", {"prompt_token_ids": prompt}, sampling))
         for _ in range(steps):
             engine.step()
-        engine.abort_request(names, internal=False)
+        assert engine.output_processor.has_unfinished_requests()
+        engine.abort_request(names, internal=True)
+        assert not engine.output_processor.has_unfinished_requests()
         for _ in range(200):
             engine.step()
             if not server.scheduler.has_finished_requests() and not server.scheduler.requests:

@@ -298,11 +298,8 @@ class Blank:
         for i, types in enumerate(dtypes):
             if types[0] not in NAMES or types[1] not in NAMES:
                 raise ConfigError(f"layer {i} is {types[0]}, {types[1]}; a value holds {', '.join(DTYPES)}")
-        names = tuple((NAMES[k], NAMES[v]) for k, v in dtypes)
-        ids, groups = _ids(tokens), (1,) * len(shapes)
-        self.meta = Meta(len(tokens), tuple(shapes), names, groups, None, exact_after, checked=False)
-        text, sizes = _dump(self.meta), [sum(self.meta.layer_bytes(i)) for i in range(len(shapes))]
-        self._spans, self.nbytes = _spans(self.meta, len(text), len(ids), sizes)
+        names, ids = tuple((NAMES[k], NAMES[v]) for k, v in dtypes), _ids(tokens)
+        self.meta, text, self._spans, self.nbytes = _plan(len(tokens), tuple(shapes), names, exact_after)
         self._first = _head(key, self.nbytes, text, self._spans, [bytes(DIGEST)] * len(self._spans)) + ids
 
     @classmethod
@@ -316,8 +313,8 @@ class Blank:
         """Copy all layers into slot [nbytes] uint8; from CUDA through its current stream, finished on return."""
         self.begin(slot)
         pieces: list[Piece] = []
-        layers = list(layers)  # which keeps them until they are copied
-        waits = [self._put(slot, i, *pair, pieces) for i, pair in enumerate(layers)]
+        layers, base = list(layers), slot.ctypes.data  # a list keeps them until they are copied
+        waits = [self._put(slot, base, i, *pair, pieces) for i, pair in enumerate(layers)]
         copy_all(pieces)
         if any(waits):
             torch.cuda.current_stream().synchronize()
@@ -331,14 +328,14 @@ class Blank:
     def put(self, slot: np.ndarray, layer: int, k: Tensor, v: Tensor) -> bool:
         """Copy one layer; whether a copy from CUDA may still run. Raises ConfigError where its shape is another."""
         pieces: list[Piece] = []
-        waits = self._put(slot, layer, k, v, pieces)
+        waits = self._put(slot, slot.ctypes.data, layer, k, v, pieces)
         copy_all(pieces)
         return waits
 
-    def _put(self, slot: np.ndarray, layer: int, k: Tensor, v: Tensor, pieces: list[Piece]) -> bool:
-        """As put, but what lies on the CPU in one piece is left to the caller."""
+    def _put(self, slot: np.ndarray, base: int, layer: int, k: Tensor, v: Tensor, pieces: list[Piece]) -> bool:
+        """As put, but what lies on the CPU in one piece is left to the caller. base: address of the slot."""
         (h, d, h2, d2), types, t = self.meta.shapes[layer], self.meta.dtypes[layer], self.meta.tokens
-        at, base, waits = self._spans[1 + layer][0], slot.ctypes.data, False
+        at, waits = self._spans[1 + layer][0], False
         for x, shape, dtype in ((k, (h, t, d), types[0]), (v, (h2, t, d2), types[1])):
             if x.shape != shape or NAMES.get(x.dtype) != dtype:
                 raise ConfigError(f"layer {layer} is {x.dtype} {list(x.shape)}, not {dtype} {list(shape)}")
@@ -351,6 +348,16 @@ class Blank:
                 waits = waits or x.is_cuda
             at += size
         return waits
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    tokens: int, shapes: tuple[Shape, ...], dtypes: tuple[tuple[str, str], ...], exact_after: bytes | None
+) -> tuple[Meta, bytes, list[tuple[int, int]], int]:
+    """Meta, its text, spans and size of a raw value without checksums."""
+    meta = Meta(tokens, shapes, dtypes, (1,) * len(shapes), None, exact_after, checked=False)
+    text, sizes = _dump(meta), [sum(meta.layer_bytes(i)) for i in range(len(shapes))]
+    return meta, text, *_spans(meta, len(text), 4 * tokens, sizes)
 
 
 def head_bytes(data: memoryview) -> int:
