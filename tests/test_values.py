@@ -88,7 +88,7 @@ def test_a_value_filled_in_place(strided):
 
 def arrive(data, step):
     """The head of a value that is read as far as step(what is asked for) each time."""
-    arriving, there = values.Arriving(KEY, memoryview(data)), 0
+    arriving, there = values.Incoming(KEY, memoryview(data)), 0
     while there < len(data):
         wanted = arriving.reached(there)
         assert there < wanted <= len(data)
@@ -110,7 +110,7 @@ def test_a_value_is_checked_however_it_arrives(codec, most, random):
             arrive(bad, step)
     # Begun anew, as after a fault of the tier: nothing of the first time counts.
     buffer = bytearray(data)
-    arriving = values.Arriving(KEY, memoryview(buffer))
+    arriving = values.Incoming(KEY, memoryview(buffer))
     arriving.reached(len(data))
     buffer[-2] ^= 1
     arriving.reached(0)

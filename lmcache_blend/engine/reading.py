@@ -57,7 +57,7 @@ def read(
         slots.append(slot)
     wanted, hits = [keys[i] for i in rows], []
     trusted = level.memory is not None
-    arriving = [values.Arriving(key, buffer, trusted) for key, buffer in zip(wanted, buffers, strict=True)]
+    incoming = [values.Incoming(key, buffer, trusted) for key, buffer in zip(wanted, buffers, strict=True)]
 
     raw: list[tuple[int, values.Head]] = []
 
@@ -66,7 +66,7 @@ def read(
             level.missed(wanted[j], outcome)
             return
         try:
-            head = arriving[j].whole()
+            head = incoming[j].whole()
         except CorruptChunkError as error:
             level.missed(wanted[j], Miss("corrupt", str(error)))
             return
@@ -89,7 +89,7 @@ def read(
         for j, buffer in enumerate(buffers):
             arrived(j, len(buffer))
     else:
-        level.read(wanted, buffers, [value.reached for value in arriving], arrived)
+        level.read(wanted, buffers, [value.reached for value in incoming], arrived)
     for j, head in raw:
         serve(j, head)
     level.metrics.hit(len(hits))

@@ -5,11 +5,11 @@
 
 The table has a row per segment, offset u64, bytes u64, XXH3-128: token ids (uint32), then each group of layers, then,
 for coded chunks, the container's own head. Raw, a group is one layer, K [H, T, Dk] before V [H, T, Dv], each group
-at a multiple of 64 bytes; coded, the container lies in one piece and its groups are the segments. So groups can be
-read, checked and decoded one by one. Little endian; nothing is executed or unpickled; all sizes are checked against
-each other and against the size of the whole before anything is allocated. The key inside makes a value that got under
-another's name a miss. The checksum tells damage, not malice: who can write to a tier can write valid values to it.
-Values in this process's own memory go without checksums ("checked": false).
+at a multiple of 64 bytes; coded, the container lies in one piece and its groups are the
+segments. So groups can be read, checked and decoded one by one. Little endian; nothing is executed or unpickled; all
+sizes are checked against each other and against the size of the whole before anything is allocated. The key inside
+makes a value that got under another's name a miss. The checksum tells damage, not malice: who can write to a tier can
+write valid values to it. Values in this process's own memory go without checksums ("checked": false).
 """
 
 import ctypes
@@ -45,13 +45,17 @@ HEAD_GUESS = 1 << 14
 """Bytes that hold the head and the token ids of most values, so that one read gets them."""
 
 
+Names = tuple[str, str]
+"""Of the types of K and V."""
+
+
 @dataclass(frozen=True)
 class Meta:
     """tokens: T. shapes, dtypes: per layer. groups: layers per group. codec: its config, None for raw."""
 
     tokens: int
     shapes: tuple[Shape, ...]
-    dtypes: tuple[tuple[str, str], ...]
+    dtypes: tuple[Names, ...]
     groups: tuple[int, ...]
     codec: dict[str, Any] | None
     exact_after: bytes | None
@@ -155,7 +159,7 @@ class Head:
                 raise CorruptChunkError(f"layer {i} does not decode to the shapes that the value's head names")
 
 
-class Arriving:
+class Incoming:
     """The value of a key while it is read into `data`: each segment is checked as soon as it is whole.
 
     So a reader that says how far it has come has its bytes checked while they are in the processor's cache.
@@ -252,26 +256,26 @@ def encode(key: bytes, chunk: KVChunk, codec: Codec | None = None) -> Value:
 
     Raises ConfigError for what cannot be stored.
     """
-    lead, tail = memoryview(b""), memoryview(b"")
     if codec is None:
-        groups, config = (1,) * len(chunk.layers), None
-        parts = [[_bytes(k), _bytes(v)] for k, v in chunk.layers]
-    else:
-        data, config = memoryview(codec.encode(chunk)), {k: v for k, v in codec.get_config().items() if k != "profile"}
-        groups, parts = (len(chunk.layers),), [[data]]
-        if isinstance(codec, PipelineCodec):
-            container = Container(data)
-            groups, at = container.header.groups, container.start + container.sizes[0]
-            lead, parts = data[:at], []
-            for size in container.sizes[1:]:
-                parts.append([data[at : at + size]])
-                at += size
-            tail = data[at:]
-    ids, meta = _ids(chunk.tokens), _meta(chunk, groups, config, checked=True)
+        shapes, names = _described(chunk)
+        _, text, spans, total = _plan(len(chunk), shapes, names, chunk.exact_after, True)
+        return RawValue(
+            key, text, spans, total, [[_ids(chunk.tokens)], *([_bytes(k), _bytes(v)] for k, v in chunk.layers)]
+        )
+    lead, tail = memoryview(b""), memoryview(b"")
+    data, config = memoryview(codec.encode(chunk)), {k: v for k, v in codec.get_config().items() if k != "profile"}
+    groups, parts = (len(chunk.layers),), [[data]]
+    if isinstance(codec, PipelineCodec):
+        container = Container(data)
+        groups, at = container.header.groups, container.start + container.sizes[0]
+        lead, parts = data[:at], []
+        for size in container.sizes[1:]:
+            parts.append([data[at : at + size]])
+            at += size
+        tail = data[at:]
+    ids, meta = _ids(chunk.tokens), Meta(len(chunk), *_described(chunk), groups, config, chunk.exact_after, True)
     sizes, text = [sum(map(len, p)) for p in parts], _dump(meta)
     spans, total = _spans(meta, len(text), len(ids), sizes, len(lead), len(tail))
-    if codec is None:
-        return RawValue(key, text, spans, total, [[ids], *parts])
     pieces = [[ids], *parts, [lead]]
     out: list[Part] = [_head(key, total, text, spans, [_digest(p) for p in pieces])]
     at = len(out[0])
@@ -299,15 +303,14 @@ class Blank:
             if types[0] not in NAMES or types[1] not in NAMES:
                 raise ConfigError(f"layer {i} is {types[0]}, {types[1]}; a value holds {', '.join(DTYPES)}")
         names, ids = tuple((NAMES[k], NAMES[v]) for k, v in dtypes), _ids(tokens)
-        self.meta, text, self._spans, self.nbytes = _plan(len(tokens), tuple(shapes), names, exact_after)
+        self.meta, text, self._spans, self.nbytes = _plan(len(tokens), tuple(shapes), names, exact_after, False)
         self._first = _head(key, self.nbytes, text, self._spans, [bytes(DIGEST)] * len(self._spans)) + ids
 
     @classmethod
     def of(cls, key: bytes, chunk: KVChunk) -> "Blank":
         """For a whole chunk. Raises ConfigError for what cannot be stored."""
-        meta = _meta(chunk, (1,) * len(chunk.layers), None, checked=False)
-        types = [(DTYPES[k], DTYPES[v]) for k, v in meta.dtypes]
-        return cls(key, chunk.tokens, meta.shapes, types, chunk.exact_after)
+        shapes, names = _described(chunk)
+        return cls(key, chunk.tokens, shapes, [(DTYPES[k], DTYPES[v]) for k, v in names], chunk.exact_after)
 
     def fill(self, slot: np.ndarray, layers: Sequence[Pair]) -> None:
         """Copy all layers into slot [nbytes] uint8; from CUDA through its current stream, finished on return."""
@@ -352,10 +355,10 @@ class Blank:
 
 @lru_cache(maxsize=256)
 def _plan(
-    tokens: int, shapes: tuple[Shape, ...], dtypes: tuple[tuple[str, str], ...], exact_after: bytes | None
+    tokens: int, shapes: tuple[Shape, ...], dtypes: tuple[Names, ...], exact_after: bytes | None, checked: bool
 ) -> tuple[Meta, bytes, list[tuple[int, int]], int]:
-    """Meta, its text, spans and size of a raw value without checksums."""
-    meta = Meta(tokens, shapes, dtypes, (1,) * len(shapes), None, exact_after, checked=False)
+    """Meta, its text, spans and size of a raw value."""
+    meta = Meta(tokens, shapes, dtypes, (1,) * len(shapes), None, exact_after, checked)
     text, sizes = _dump(meta), [sum(meta.layer_bytes(i)) for i in range(len(shapes))]
     return meta, text, *_spans(meta, len(text), 4 * tokens, sizes)
 
@@ -458,7 +461,8 @@ def _tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=dtype)
 
 
-def _meta(chunk: KVChunk, groups: tuple[int, ...], codec: dict[str, Any] | None, checked: bool) -> Meta:
+def _described(chunk: KVChunk) -> tuple[tuple[Shape, ...], tuple[Names, ...]]:
+    """Shapes and types of each layer. Raises ConfigError for what cannot be stored."""
     shapes, dtypes, tokens = [], [], len(chunk)
     for i, (k, v) in enumerate(chunk.layers):
         (*_, t, d), (*_, t2, d2) = k.shape, v.shape
@@ -467,7 +471,7 @@ def _meta(chunk: KVChunk, groups: tuple[int, ...], codec: dict[str, Any] | None,
             raise ConfigError(f"layer {i} is {found}; a value holds {wanted} of {', '.join(DTYPES)}")
         shapes.append((k.shape[0], d, v.shape[0], d2))
         dtypes.append((NAMES[k.dtype], NAMES[v.dtype]))
-    return Meta(tokens, tuple(shapes), tuple(dtypes), groups, codec, chunk.exact_after, checked)
+    return tuple(shapes), tuple(dtypes)
 
 
 def _dump(meta: Meta) -> bytes:
