@@ -196,13 +196,13 @@ def load(engine: "KVEngine", keys: Sequence[bytes]) -> list[Stored | None]:
 class LayerWriter:
     """A chunk that is stored as its layers are computed; visible as a whole when the last one is there, or never.
 
-    Each `put` copies one layer, and blocks no longer than that.
+    left: layers that are to come. Each `put` copies one layer, and blocks no longer than that.
     """
 
     def __init__(self, engine: "KVEngine", key: bytes, blank: values.Blank, cost: float):
         self._engine, self._key, self._blank, self._cost = engine, key, blank, cost
         self._slot = engine.writing.begin(blank, key)
-        self._left = set(range(len(blank.meta.shapes)))
+        self.left = set(range(len(blank.meta.shapes)))
         self._waits = False
         if self._slot is not None:
             blank.begin(self._slot)
@@ -214,11 +214,11 @@ class LayerWriter:
 
     def put(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Copy a layer, K [H, T, Dk] and V [H', T, Dv]. Raises ConfigError for another shape or type."""
-        if self._slot is None or layer not in self._left:
+        if self._slot is None or layer not in self.left:
             return
         self._waits = self._blank.put(self._slot, layer, k, v) or self._waits
-        self._left.discard(layer)
-        if not self._left:
+        self.left.discard(layer)
+        if not self.left:
             if self._waits:
                 torch.cuda.current_stream().synchronize()
             self._engine.writing.finish(self._key, self._slot, self._cost)

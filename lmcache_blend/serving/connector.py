@@ -144,6 +144,11 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return Ready(self.refused)
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """KV comes and goes layer by layer, which a replayed graph of the whole forward would skip."""
+        return True
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         assert self.there is not None
         if self.has_connector_metadata() and not self.there.busy:
@@ -151,12 +156,15 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
             assert isinstance(metadata, StepMetadata)
             loads, metadata.loads = metadata.loads, []
             self.there.load(loads)
+            self.there.begin(metadata.saves)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads that a forward waits for are done before it begins."""
+        assert self.there is not None
+        self.there.wait(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """KV is copied out once a step, after the forward."""
+        assert self.there is not None
+        self.there.save_layer(layer_name)
 
     def wait_for_save(self) -> None:
         assert self.there is not None

@@ -5,7 +5,8 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from lmcache_blend.blend import Blender, get_policy
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import KVEngine
+from lmcache_blend.engine.pipeline import LayerWriter
 from lmcache_blend.errors import ChunkLostError
 from lmcache_blend.rotary import RotaryTable
 from lmcache_blend.serving.config import ServingConfig
@@ -21,6 +23,35 @@ from lmcache_blend.serving.messages import Load, Save
 from lmcache_blend.types import KVChunk, Prompt
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Coming:
+    """A prefix on its way into the blocks, layer by layer, while the forward computes. left: layers that are to come.
+
+    parts: (chunk, its first token). good: tokens that are there when all layers are.
+    """
+
+    load: Load
+    kv: PagedKV
+    parts: list[tuple[KVChunk, int]]
+    good: int
+    left: set[int]
+    spent_ms: float = 0.0
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.arange(self.load.start, self.good)
+
+
+class Leaving(NamedTuple):
+    """A chunk that is copied out layer by layer, tokens start..end."""
+
+    save: Save
+    kv: PagedKV
+    writer: LayerWriter
+    start: int
+    end: int
 
 
 class WorkerHalf:
@@ -45,15 +76,17 @@ class WorkerHalf:
         self._bad_blocks: set[int] = set()
         self._arrived: set[str] = set()
         self._blenders: dict[str, Blender] = {}
+        self._index = {layer.name: i for i, layer in enumerate(layers)}
+        self._coming: list[Coming] = []
+        self._leaving: list[Leaving] = []
         self._later = ThreadPoolExecutor(1, "kv-arrive")
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------------ loading
     def load(self, loads: Sequence[Load]) -> None:
-        """Bring everything in that a forward waits for; start the rest beside it."""
-        if self.busy:  # the nested forward passes the same hooks
-            return
-        self.busy = True
+        """Blend, and begin to bring in prefixes: their layers are there when the forward asks for them."""
+        self.settle()
+        self.busy = True  # a blend's nested forward passes the same hooks
         try:
             for load in loads:
                 if load.asynchronous:
@@ -74,31 +107,37 @@ class WorkerHalf:
     @torch.inference_mode()
     def _bring(self, load: Load) -> None:
         """Whatever goes wrong is reported as blocks that could not be loaded: vLLM computes them."""
-        began, good = time.perf_counter(), load.start
         kv = PagedKV(self.layers, torch.tensor(load.blocks, device=self.layers[0].cache.device), len(load.tokens))
+        good = load.start
         try:
-            good = self._prefix(load, kv)
-            if good < load.prefix_end:
-                raise ChunkLostError(load.keys[0][0], f"{load.prefix_end - good} tokens of the prefix did not come")
-            self._note(load.request, "load_ms", (time.perf_counter() - began) * 1e3)
-            if good > load.start:
-                self._count("hit_tokens_prefix", good - load.start)
+            coming = self._open(load, kv)
+            short = load.prefix_end - coming.good
+            if not (short or load.asynchronous or load.blend is not None):
+                self._coming.append(coming)
+                return
+            for layer in sorted(coming.left):
+                self._place(coming, layer)
+            good = coming.good
+            self._came(coming)
+            if short:
+                raise ChunkLostError(load.keys[0][0], f"{short} tokens of the prefix did not come")
             if load.blend is not None:
                 self._blend(load, kv)
         except Exception as error:
-            log.warning("request %s: KV is computed instead of loaded: %s", load.request, error, exc_info=_odd(error))
-            self._count("errors")
-            with self._lock:
-                self._failed.add(load.request)
-                block = self.layers[0].block
-                self._bad_blocks.update(load.blocks[good // block : -(-load.end // block)])
+            self._lost(load, good, error)
 
-    def _prefix(self, load: Load, kv: PagedKV) -> int:
-        """Write the prefix chunks, layer by layer as they come; how many tokens from the start are there then."""
-        if not load.keys:
-            return load.start
+    def _lost(self, load: Load, good: int, error: Exception) -> None:
+        log.warning("request %s: KV is computed instead of loaded: %s", load.request, error, exc_info=_odd(error))
+        self._count("errors")
+        with self._lock:
+            self._failed.add(load.request)
+            block = self.layers[0].block
+            self._bad_blocks.update(load.blocks[good // block : -(-load.end // block)])
+
+    def _open(self, load: Load, kv: PagedKV) -> Coming:
+        """Begin to read the prefix chunks; good: as far as they are there, one after another."""
         began = time.perf_counter()
-        stored = self.engine.load([key for key, _, _ in load.keys])
+        stored = self.engine.load([key for key, _, _ in load.keys]) if load.keys else []
         good, parts = load.start, []
         for found, (_, start, end) in zip(stored, load.keys, strict=True):
             if found is None or not self._fits(found.chunk, load.tokens, start, end):
@@ -106,20 +145,52 @@ class WorkerHalf:
             good = min(end, load.prefix_end)
             parts.append((found.chunk, start))
         self._note(load.request, "bytes", sum(s.nbytes for s in stored[: len(parts)] if s is not None))
-        if good <= load.start:
-            return load.start
-        positions = torch.arange(load.start, good)
-        angles = None if self.rotary is None else self.rotary.at(positions)
-        first = load.keys[0][1]
-        for i in range(len(self.layers)):
-            k, v = (torch.cat([chunk.layers[i][slot] for chunk, _ in parts], 1) for slot in (0, 1))
-            k, v = k[:, load.start - first : good - first], v[:, load.start - first : good - first]
-            if angles is not None:
-                k, v = angles.rotate(i, k, v)
-            device = kv.blocks.device
-            kv.write(i, positions, k[None].to(device), v[None].to(device))
-        self._note(load.request, "prefix_ms", (time.perf_counter() - began) * 1e3)
-        return good
+        left = set(range(len(self.layers))) if good > load.start else set()
+        return Coming(load, kv, parts, good, left, (time.perf_counter() - began) * 1e3)
+
+    def _place(self, coming: Coming, i: int) -> None:
+        """Write one layer as soon as it has come. Raises ChunkLostError."""
+        began = time.perf_counter()
+        load, positions, first = coming.load, coming.positions, coming.load.keys[0][1]
+        k, v = (torch.cat([chunk.layers[i][slot] for chunk, _ in coming.parts], 1) for slot in (0, 1))
+        k, v = k[:, load.start - first : coming.good - first], v[:, load.start - first : coming.good - first]
+        if self.rotary is not None:
+            k, v = self.rotary.at(positions).rotate(i, k, v)
+        device = coming.kv.blocks.device
+        coming.kv.write(i, positions, k[None].to(device), v[None].to(device))
+        coming.left.discard(i)
+        coming.spent_ms += (time.perf_counter() - began) * 1e3
+
+    def _came(self, coming: Coming) -> None:
+        self._note(coming.load.request, "load_ms", coming.spent_ms)
+        if coming.good > coming.load.start:
+            self._count("hit_tokens_prefix", coming.good - coming.load.start)
+
+    @torch.inference_mode()
+    def wait(self, name: str) -> None:
+        """Before the attention of a layer: its part of every prefix that this forward reads."""
+        if self.busy:
+            return
+        self._bring_layer(self._index.get(name))
+
+    def _bring_layer(self, layer: int | None) -> None:
+        for coming in list(self._coming):
+            try:
+                for i in sorted(coming.left) if layer is None else coming.left & {layer}:
+                    self._place(coming, i)
+            except Exception as error:
+                self._coming.remove(coming)
+                self._lost(coming.load, coming.load.start, error)
+                continue
+            if not coming.left:
+                self._coming.remove(coming)
+                self._came(coming)
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """After a forward, or where there was none: whatever no layer has asked for."""
+        if self._coming:
+            self._bring_layer(None)
 
     def _fits(self, chunk: KVChunk, tokens: Sequence[int], start: int, end: int) -> bool:
         """A store is not trusted to give the right chunk. The last token of a whole-prompt hit is not in `tokens`."""
@@ -173,40 +244,81 @@ class WorkerHalf:
 
     # ------------------------------------------------------------------ saving
     @torch.inference_mode()
-    def save(self, saves: Sequence[Save]) -> None:
-        """Copy out of the blocks what was computed; encoding and writing go on in the engine's threads."""
+    def begin(self, saves: Sequence[Save]) -> None:
+        """Before a forward: take room for the chunks that it completes."""
+        types = [(layer.cache.dtype, layer.cache.dtype) for layer in self.layers]
+        shapes = [(x.heads, x.dim, x.heads, x.dim) for x in self.layers]
+        self._leaving = []
         for save in saves:
-            if save.request in self._failed:
-                continue  # its KV in this step was computed on top of what did not come
+            kv = PagedKV(self.layers, torch.tensor(save.blocks, device=self.layers[0].cache.device), len(save.tokens))
+            try:
+                for key, start, end in save.chunks:
+                    if key not in self.engine:
+                        tokens = torch.tensor(save.tokens[start:end])
+                        writer = self.engine.store_layers(key, tokens, shapes, types)
+                        if writer.taken:
+                            self._leaving.append(Leaving(save, kv, writer, start, end))
+            except Exception as error:
+                self._unsaved(save, error)
+
+    @torch.inference_mode()
+    def save_layer(self, name: str) -> None:
+        """After the attention of a layer: copy it out of the blocks."""
+        if not self.busy and self._leaving:
+            self._copy_out(self._index.get(name))
+
+    def _copy_out(self, layer: int | None) -> None:
+        """One layer of all chunks that are to be stored, or, with None, all layers that are not copied yet."""
+        began = time.perf_counter()
+        for leaving in list(self._leaving):
+            save, kv, writer, start, end = leaving
+            if save.request in self._failed:  # its KV in this step is computed on top of what did not come
+                self._leaving.remove(leaving)
+                continue
+            try:
+                angles = None if self.rotary is None else self.rotary.at(torch.arange(start, end))
+                for i in sorted(writer.left if layer is None else writer.left & {layer}):
+                    k, v = self.layers[i].read(kv.blocks, start, end)
+                    writer.put(i, *((k, v) if angles is None else angles.unrotate(i, k, v)))
+            except Exception as error:
+                self._leaving.remove(leaving)
+                self._unsaved(save, error)
+                continue
+            if not writer.left:
+                self._leaving.remove(leaving)
+                self._count("stored_tokens", end - start)
+        self._count("save_ms", (time.perf_counter() - began) * 1e3)
+
+    @torch.inference_mode()
+    def save(self, saves: Sequence[Save]) -> None:
+        """After a forward: layers that no hook has copied, and segments; writing goes on in the engine's threads."""
+        self.settle()
+        if self._leaving:
+            self._copy_out(None)
+        for save in saves:
+            if not save.spans or self.runner is None or save.request in self._failed:
+                continue
             began = time.perf_counter()
             try:
-                self._save(save)
+                self._save_segments(save)
             except Exception as error:
-                log.warning("request %s: KV is not stored: %s", save.request, error, exc_info=_odd(error))
-                self._count("errors")
+                self._unsaved(save, error)
             self._count("save_ms", (time.perf_counter() - began) * 1e3)
 
-    def _save(self, save: Save) -> None:
+    def _unsaved(self, save: Save, error: Exception) -> None:
+        log.warning("request %s: KV is not stored: %s", save.request, error, exc_info=_odd(error))
+        self._count("errors")
+
+    def _save_segments(self, save: Save) -> None:
         kv = PagedKV(self.layers, torch.tensor(save.blocks, device=self.layers[0].cache.device), len(save.tokens))
-        for key, start, end in save.chunks:
-            if key in self.engine:
-                continue
-            angles = None if self.rotary is None else self.rotary.at(torch.arange(start, end))
-            layers = []
-            for i, layer in enumerate(self.layers):
-                k, v = layer.read(kv.blocks, start, end)
-                layers.append((k, v) if angles is None else angles.unrotate(i, k, v))
-            self.engine.store([key], [KVChunk(torch.tensor(save.tokens[start:end]), layers)])
-            self._count("stored_tokens", end - start)
-        if save.spans and self.runner is not None:
-            prompt = Prompt(torch.tensor(save.tokens), tuple(save.spans))
-            computed = self._computed.pop(save.request, None)
-            exact = self._exact.pop(save.request, len(prompt))
-            whole = torch.ones(len(prompt), dtype=torch.bool)
-            if computed is not None:
-                n = min(len(computed), len(prompt))
-                whole[:n] = computed[:n]
-            self._count("stored_segments", self._blender(save.salt).keep(prompt, kv, whole, exact))
+        prompt = Prompt(torch.tensor(save.tokens), tuple(save.spans))
+        computed = self._computed.pop(save.request, None)
+        exact = self._exact.pop(save.request, len(prompt))
+        whole = torch.ones(len(prompt), dtype=torch.bool)
+        if computed is not None:
+            n = min(len(computed), len(prompt))
+            whole[:n] = computed[:n]
+        self._count("stored_segments", self._blender(save.salt).keep(prompt, kv, whole, exact))
 
     # ------------------------------------------------------------------ what vLLM asks for
     def arrived(self) -> set[str]:
