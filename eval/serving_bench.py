@@ -2,8 +2,10 @@
 
 Offload: TTFT of 2,000-token prompts without the connector, with it (cold, storing), and in a second process from the
 disk tier (warm), bit for bit and with a codec; a process each, in turns. Blend: TTFT of 10-passage prompts from chunks
-in memory, per policy, against plain prefill of the same prompts in the same engine, in turns. All ratios are medians of
-per-prompt ratios. TTFT is the wall time of generate(max_tokens=1). Needs vLLM and the plugin installed.
+in memory, per policy, against plain prefill of the same prompts in the same engine, in turns. Exact: prompts of
+shuffled passages at ratio 1.0, and many at once that share prefixes, must have the answers of an engine without the
+connector. All ratios are medians of per-prompt ratios. TTFT is the wall time of generate(max_tokens=1). Needs vLLM and
+the plugin installed.
 """
 
 import argparse
@@ -19,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+EXACT_PROMPTS, SHARING, ANSWER = 30, 50, 8
+"""Prompts at ratio 1.0; prompts at once; tokens of an answer."""
 POLICIES = ("epic", "attention_value_norm", "cacheblend")
 OFFLOAD_TOKENS, PROMPTS, ROUNDS = 2000, 3, 3
 ENVIRONMENT = {
@@ -45,7 +49,7 @@ class Engine:
                 kv_connector="LMCacheBlendConnector", kv_role="kv_both", kv_connector_extra_config=extra
             )
         self.llm = LLM(
-            model=job["model"], dtype="float32", max_model_len=4096, max_num_batched_tokens=4096, max_num_seqs=2,
+            model=job["model"], dtype="float32", max_model_len=4096, max_num_batched_tokens=4096, max_num_seqs=8,
             enforce_eager=not job.get("compiled", False), **named,
         )  # fmt: skip
         self.salt = 0
@@ -62,6 +66,14 @@ class Engine:
         began = time.perf_counter()
         out = self.llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)[0]
         return (time.perf_counter() - began) * 1e3, list(out.outputs[0].token_ids)
+
+    def at_once(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Answers to prompts that are served side by side."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+        out = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        return [list(o.outputs[0].token_ids) for o in out]
 
     def flush(self) -> None:
         self.llm.llm_engine.engine_core.engine_core.scheduler.connector.engine.flush()  # pyright: ignore
@@ -81,18 +93,27 @@ def offload_child(job: dict[str, Any]) -> dict[str, Any]:
     return {"ttft_ms": ttft, "answers": answers}
 
 
+def shuffled(sample: dict[str, Any], seed: int) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt of passages in another order, and their spans."""
+    ids, spans = list(sample["head"]), []
+    for passage in random.Random(seed).sample(sample["passages"], len(sample["passages"])):
+        spans.append([len(ids), len(ids) + len(passage)])
+        ids += passage
+    return ids + sample["question"], spans
+
+
+def store_passages(engine: Engine, samples: list[dict[str, Any]]) -> None:
+    for sample in samples:
+        for passage in sample["passages"]:
+            engine(passage, {"blend": {"spans": [[0, len(passage)]]}})
+
+
 def blend_child(job: dict[str, Any]) -> dict[str, Any]:
     engine = Engine(job)
     rows: dict[str, list[float]] = {name: [] for name in ("plain", *POLICIES)}
-    for sample in job["samples"]:
-        for passage in sample["passages"]:
-            engine(passage, {"blend": {"spans": [[0, len(passage)]]}})
+    store_passages(engine, job["samples"])
     for i, sample in enumerate([job["samples"][0], *job["samples"]]):
-        ids, spans = list(sample["head"]), []
-        for passage in random.Random(i).sample(sample["passages"], len(sample["passages"])):
-            spans.append([len(ids), len(ids) + len(passage)])
-            ids += passage
-        ids += sample["question"]
+        ids, spans = shuffled(sample, i)
         for name in random.Random(i).sample(list(rows), len(rows)):
             ask = {"blend": False if name == "plain" else {"spans": spans, "policy": name, "recompute_ratio": 0.15}}
             ms, _ = engine(ids, ask)
@@ -101,7 +122,63 @@ def blend_child(job: dict[str, Any]) -> dict[str, Any]:
     return rows
 
 
-CHILDREN = {"offload": offload_child, "blend": blend_child}
+def exact_child(job: dict[str, Any]) -> dict[str, Any]:
+    """How many prompts have the plain answer when all, when none of their tokens are recomputed, and plain afterwards:
+    nothing of the blended ones may be left in vLLM's cache, which is not emptied before."""
+    engine, found = Engine(job), {"ratio_1": 0, "full_reuse": 0, "plain_afterwards": 0}
+    for i, sample in enumerate(job["samples"]):
+        store_passages(engine, [sample])
+        ids, spans = shuffled(sample, i)
+        plain = engine(ids, {"blend": False}, ANSWER)[1]
+        for name, policy, ratio in (("full_reuse", "full_reuse", 0.0), ("ratio_1", "epic", 1.0)):
+            ask = {"spans": spans, "policy": policy, "recompute_ratio": ratio}
+            found[name] += engine(ids, {"blend": ask}, ANSWER)[1] == plain
+            if name == "full_reuse":
+                found["plain_afterwards"] += engine.at_once([ids]) == [plain]
+    return found
+
+
+def sharing_child(job: dict[str, Any]) -> dict[str, Any]:
+    engine = Engine(job)
+    first = engine.at_once(job["prompts"])
+    if job.get("extra") is not None:
+        engine.flush()
+    engine.llm.reset_prefix_cache()
+    return {"first": first, "again": engine.at_once(job["prompts"])}
+
+
+def sharing_prompts(samples: list[dict[str, Any]]) -> list[list[int]]:
+    """Prompts of one to four passages, by fives with the same first ones."""
+    out = []
+    for i in range(SHARING):
+        shared, own = samples[i // 5], samples[(7 * i + 11) % len(samples)]
+        passages = shared["passages"][: 1 + i % 3] + own["passages"][: i % 2]
+        out.append([*shared["head"], *(t for p in passages for t in p), *own["question"]])
+    return out
+
+
+def exact(model: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    tiers = [{"tier": "cpu", "capacity_bytes": 3 << 30}]
+    extra = {"tiers": tiers, "offload": False, "blend": {"match": "spans"}}
+    found = child("exact", {"model": model, "samples": samples[:EXACT_PROMPTS], "extra": extra})
+    count = min(EXACT_PROMPTS, len(samples))
+    prompts = sharing_prompts(samples)
+    plain = child("sharing", {"model": model, "prompts": prompts})
+    with tempfile.TemporaryDirectory(prefix="lmcache_blend_") as folder:
+        ours = child(
+            "sharing", {"model": model, "prompts": prompts, "extra": {"tiers": [{"tier": "disk", "path": folder}]}}
+        )
+    same = {name: sum(a == b for a, b in zip(ours[name], plain["first"], strict=True)) for name in ours}
+    return {
+        "prompts": count,
+        "answers_as_plain": found,
+        "sharing_prompts": len(prompts),
+        "sharing_as_without_connector": same,
+        "without_connector_itself": sum(a == b for a, b in zip(plain["again"], plain["first"], strict=True)),
+    }
+
+
+CHILDREN = {"offload": offload_child, "blend": blend_child, "exact": exact_child, "sharing": sharing_child}
 
 
 def child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +234,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or alias")
     parser.add_argument("--data", required=True, help="JSONL with contexts and question, such as squad_rag10")
     parser.add_argument("--codec", help="id or JSON of the codec to measure beside raw")
-    parser.add_argument("--parts", default="offload,blend,compiled")
+    parser.add_argument("--parts", default="offload,blend,compiled,exact")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--output", default="-", help="JSON file, - for stdout only")
@@ -186,6 +263,8 @@ def main() -> None:
     report: dict[str, Any] = {"model": args.model, "tokens": OFFLOAD_TOKENS, "rounds": args.rounds}
     if "offload" in args.parts:
         report["offload"] = offload(model, prompts, stream[-300:], codec, args.rounds)
+    if "exact" in args.parts:
+        report["exact"] = exact(model, samples)
     for part in ("blend", "compiled"):
         if part in args.parts.split(","):
             # No prefixes: after a plain request, a blended one of the same prompt would find all of it.
