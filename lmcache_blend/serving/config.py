@@ -67,6 +67,9 @@ class ServingConfig(Config):
     """Tokens at a prompt's end that are not stored."""
     async_load: bool = False
     """Whether prefixes are loaded beside the running batch instead of before the forward. Blending always waits."""
+    layerwise: bool | None = None
+    """Bring KV in and out layer by layer while the forward computes. None: unless it computes on the CPU, whose cores
+    the copies would take from it."""
     salt: str = ""
     """Tenant of all requests of this server; a request's cache_salt and tenant come on top."""
     max_pending_bytes: int = pydantic.Field(default=GIB, ge=0)

@@ -76,6 +76,8 @@ class WorkerHalf:
         self._bad_blocks: set[int] = set()
         self._arrived: set[str] = set()
         self._blenders: dict[str, Blender] = {}
+        on_cpu = layers[0].cache.device.type == "cpu"
+        self.layerwise = not on_cpu if config.layerwise is None else config.layerwise
         self._index = {layer.name: i for i, layer in enumerate(layers)}
         self._coming: list[Coming] = []
         self._leaving: list[Leaving] = []
@@ -112,7 +114,7 @@ class WorkerHalf:
         try:
             coming = self._open(load, kv)
             short = load.prefix_end - coming.good
-            if not (short or load.asynchronous or load.blend is not None):
+            if self.layerwise and not (short or load.asynchronous or load.blend is not None):
                 self._coming.append(coming)
                 return
             for layer in sorted(coming.left):
@@ -264,7 +266,7 @@ class WorkerHalf:
     @torch.inference_mode()
     def save_layer(self, name: str) -> None:
         """After the attention of a layer: copy it out of the blocks."""
-        if not self.busy and self._leaving:
+        if self.layerwise and not self.busy and self._leaving:
             self._copy_out(self._index.get(name))
 
     def _copy_out(self, layer: int | None) -> None:
