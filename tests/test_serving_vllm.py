@@ -71,6 +71,12 @@ def test_offload_serves_other_processes_and_survives_damage(llama, plain, tmp_pa
     assert sum(second["hits"]) > 1000 > sum(first["hits"])
     assert not first["leaked"]
     assert not second["leaked"]
+    layered = run("layered", llama, tmp_path)
+    assert layered["tokens"] == plain
+    assert layered["hits"] == second["hits"]
+    fresh = run("layered", llama, tmp_path / "fresh")
+    assert fresh["tokens"] == plain
+    assert run("layered", llama, tmp_path / "fresh") == layered
     damaged = run("damaged", llama, tmp_path)
     assert damaged["files"] > 10
     assert damaged["tokens"] == plain

@@ -108,14 +108,20 @@ def later(model: str, folder: Path) -> Any:
     return offload(model, folder, async_load=True)
 
 
+def layered(model: str, folder: Path) -> Any:
+    """KV comes and goes layer by layer while the forward computes, as where that is not on the CPU."""
+    return offload(model, folder, layerwise=True)
+
+
 def damaged(model: str, folder: Path) -> Any:
-    """Every stored file has a byte flipped: nothing may be served from it, and nothing may fail."""
+    """Every stored file has a byte flipped: nothing may be served from it, and nothing may fail. The damage lies in
+    a late layer, which the forward finds out only in its middle."""
     files = [p for p in (folder / "kv").rglob("*") if p.is_file() and p.stat().st_size > 4096]
     for path in files:
         data = bytearray(path.read_bytes())
         data[len(data) * 3 // 4] ^= 1
         path.write_bytes(data)
-    server = Server(model, disk(folder))
+    server = Server(model, disk(folder, layerwise=True))
     out = server(mixed(), {"breakdown": True})
     return {"tokens": [t for t, _ in out], "files": len(files)}
 
@@ -328,7 +334,7 @@ def refused(model: str, folder: Path) -> Any:
 
 SCENARIOS = {
     f.__name__: f
-    for f in (plain, offload, chunked, later, damaged, lossy, aborts, decode, blend, slices, compiled, crowded, content,
+    for f in (plain, offload, chunked, later, layered, damaged, lossy, aborts, decode, blend, slices, compiled, crowded, content,
               separator, refused)
 }  # fmt: skip
 
