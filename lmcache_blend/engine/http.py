@@ -153,7 +153,10 @@ def serve(
             raise ConfigError(f"{str(path)!r} is no file")
     import uvicorn
 
-    settings = partial(uvicorn.Config, app, host=host, port=port, log_level="warning", limit_concurrency=256)
+    # h11 bounds a request's head; httptools, which uvicorn takes where it is installed, does not.
+    settings = partial(
+        uvicorn.Config, app, host=host, port=port, http="h11", log_level="warning", limit_concurrency=256
+    )
     server = uvicorn.Server(
         settings(ssl_certfile=certificate, ssl_keyfile=key, timeout_graceful_shutdown=2, server_header=False)
     )
