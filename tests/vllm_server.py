@@ -32,7 +32,7 @@ class VllmServer:
         self.process: subprocess.Popen | None = None
 
     def start(self, patience_s: float = 240.0) -> "VllmServer":
-        command = [sys.executable, "-m", "lmcache_blend.cli", "serve", self.model, *self.flags, *FLAGS]
+        command = [sys.executable, "-m", "lmcache_blend.cli", "serve", self.model, *FLAGS, *self.flags]
         command += ["--host", LOOPBACK, "--port", str(self.port)]
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
