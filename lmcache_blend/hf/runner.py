@@ -22,7 +22,8 @@ class HFRunner:
     """Runs a transformers decoder's own forward on chosen rows.
 
     model: any causal LM that passes the gates (hf/gates.py), in eval mode, float32, bfloat16 or float16. Outside
-    `forward` the model is as it was. One forward at a time: calls from several threads wait for each other.
+    `forward` the model is as it was, but that one whose attention logits are capped (Gemma 2) leaves SDPA, which drops
+    the cap. One forward at a time: calls from several threads wait for each other.
 
     Use `load_runner` or `HFRunner.checked`, which run the gates; the bare constructor does not.
     """
@@ -34,6 +35,9 @@ class HFRunner:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.config = model.config.get_text_config(decoder=True)
         self.model_id = model_id or self.config.model_type
+        if getattr(self.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+            # Older releases of transformers choose SDPA here all the same; eager is the formula of the weights' training.
+            model.set_attn_implementation("eager")
         self.layers = _decoder_layers(model, self.config.num_hidden_layers)
         self.num_layers = len(self.layers)
         self.max_tokens = _max_tokens(self.config)
