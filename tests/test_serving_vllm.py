@@ -143,6 +143,13 @@ def test_blend_compiled(llama, tmp_path):
     check_blend(run("compiled", llama, tmp_path))
 
 
+def test_tensor_parallel(llama, plain, tmp_path):
+    check_blend(run("two_ranks", llama, tmp_path / "blend"))
+    first, second = (run("offload_two_ranks", llama, tmp_path / "offload") for _ in range(2))
+    assert first["tokens"] == second["tokens"] == plain
+    assert sum(second["hits"]) > 1000 > sum(first["hits"])
+
+
 def test_blended_requests_are_preempted_and_come_back(llama, tmp_path):
     result = run("crowded", llama, tmp_path)
     assert result["preempted"]

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +87,9 @@ def disk(folder: Path, **settings: Any) -> dict[str, Any]:
     return {"tiers": [{"tier": "disk", "path": str(folder / "kv")}], "chunk_tokens": 64, **settings}
 
 
-def offload(model: str, folder: Path, **settings: Any) -> Any:
+def offload(model: str, folder: Path, settings: dict[str, Any] | None = None, **options: Any) -> Any:
     """All prompts at once, into and out of the disk tier."""
-    server = Server(model, disk(folder, **settings))
+    server = Server(model, disk(folder, **(settings or {})), **options)
     free = server.free_blocks()
     out = server(mixed(), {"breakdown": True})
     server.flush()
@@ -105,12 +107,12 @@ def chunked(model: str, folder: Path) -> Any:
 
 
 def later(model: str, folder: Path) -> Any:
-    return offload(model, folder, async_load=True)
+    return offload(model, folder, {"async_load": True})
 
 
 def layered(model: str, folder: Path) -> Any:
     """KV comes and goes layer by layer while the forward computes, as where that is not on the CPU."""
-    return offload(model, folder, layerwise=True)
+    return offload(model, folder, {"layerwise": True})
 
 
 def damaged(model: str, folder: Path) -> Any:
@@ -203,9 +205,9 @@ POLICIES = [("epic", {}), ("random", {}), ("query_attention", {}), ("attention_v
             ("cacheblend", {"check": "gradual"}), ("full_reuse", {})]  # fmt: skip
 
 
-def blend(model: str, folder: Path, **options: Any) -> Any:
+def blend(model: str, folder: Path, tiers: Sequence[Any] = ("cpu",), **options: Any) -> Any:
     """Ratio 1.0 in any order, every policy, poisoning, first-time prompts, new and repeated passages."""
-    extra = blend_settings(folder)
+    extra = {**blend_settings(folder), "tiers": list(tiers)}
     server = Server(model, extra, **options)
     refused = server.scheduler.connector.here.blend_refused
     free = server.free_blocks()
@@ -214,6 +216,7 @@ def blend(model: str, folder: Path, **options: Any) -> Any:
     out: dict[str, Any] = {"refused": refused, "same": {}, "reports": {}, "policies": {}}
     store = [server([p], {"blend": {"spans": [[0, len(p)]]}}, tokens=1) for p in pieces]
     assert len(store) == len(pieces)
+    settle(folder)
     cases = {
         "reordered": [pieces[i] for i in (3, 0, 4, 1, 2)],
         "repeated": [pieces[1], pieces[1], pieces[2], pieces[1]],
@@ -258,6 +261,25 @@ def blend(model: str, folder: Path, **options: Any) -> Any:
     out["same"]["several at once"] = server.tokens([p for p, _ in prompts], ask) == wanted
     out["leaked"] = free - server.free_blocks()
     return out
+
+
+def two_ranks(model: str, folder: Path) -> Any:
+    """Tensor parallel: each of two processes has half of the heads, and its own chunks on the disk that both share."""
+    tiers = [{"tier": "disk", "path": str(folder / "kv")}]
+    return blend(model, folder, tiers, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
+def offload_two_ranks(model: str, folder: Path) -> Any:
+    out = offload(model, folder, tensor_parallel_size=2, distributed_executor_backend="mp")
+    settle(folder)
+    return out
+
+
+def settle(folder: Path) -> None:
+    """Wait until no process writes to the disk tier any more."""
+    seen = None
+    while seen != (seen := sorted(folder.rglob("*"))):
+        time.sleep(0.5)
 
 
 def slices(model: str, folder: Path) -> Any:
@@ -334,8 +356,8 @@ def refused(model: str, folder: Path) -> Any:
 
 SCENARIOS = {
     f.__name__: f
-    for f in (plain, offload, chunked, later, layered, damaged, lossy, aborts, decode, blend, slices, compiled, crowded,
-              content, separator, refused)
+    for f in (plain, offload, chunked, later, layered, damaged, lossy, aborts, decode, blend, slices, compiled, two_ranks,
+              offload_two_ranks, crowded, content, separator, refused)
 }  # fmt: skip
 
 if __name__ == "__main__":

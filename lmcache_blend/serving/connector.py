@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lmcache_blend.errors import ConfigError, LMCacheBlendError
+from lmcache_blend.errors import ConfigError, LMCacheBlendError, UnsupportedModelError
 from lmcache_blend.serving import plugin
 from lmcache_blend.serving.config import ServingConfig
 from lmcache_blend.serving.identity import fingerprint
@@ -60,11 +60,7 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
         plugin.check_version(plugin.installed())
         self.config = ServingConfig.read(self._kv_transfer_config.kv_connector_extra_config)
         parallel = vllm_config.parallel_config
-        if parallel.pipeline_parallel_size > 1:
-            raise ConfigError(
-                f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: a stage holds some layers, and chunks "
-                "hold all of them; start with --pipeline-parallel-size 1"
-            )
+        _check_setup(vllm_config)
         if self._kv_transfer_config.kv_load_failure_policy != "recompute":
             # A chunk may be evicted or damaged at any time: that must cost a recomputation, not the request.
             log.warning('kv_load_failure_policy is set to "recompute": KV that cannot be loaded is computed')
@@ -98,7 +94,9 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if not plugin.runners:
             raise ConfigError("the plugin lmcache_blend did not run: allow it in VLLM_PLUGINS and install this package")
-        model_runner, rank = plugin.runners[-1], self._vllm_config.parallel_config.rank
+        from vllm.distributed.parallel_state import get_tp_group
+
+        model_runner, rank = plugin.runners[-1], get_tp_group().rank_in_group
         try:
             self._start(model_runner, kv_caches, rank)
         except LMCacheBlendError as error:
@@ -114,6 +112,11 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
         runner = None
         if self.config.blend is not None:
             try:
+                if self._vllm_config.lora_config is not None:
+                    raise UnsupportedModelError(
+                        "LoRA is on, and a blend's own forwards know nothing of a request's adapter; "
+                        "start without --enable-lora"
+                    )
                 reduce = _sum_over_ranks if self.ranks > 1 else None
                 runner = VLLMRunner(model_runner, self._vllm_config, caches, segments, reduce, self.ranks)
             except LMCacheBlendError as error:
@@ -121,7 +124,7 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
         layers = runner.layers if runner is not None else paged_layers(self._vllm_config, caches, groups)
         rotary = None if self.config.exact else learn_rotary(model_runner.model, layers)
         assert self.engine is not None
-        self.there = WorkerHalf(self.config, self.engine, layers, rotary, runner)
+        self.there = WorkerHalf(self.config, self.engine, layers, rotary, runner, rank)
         if self.one_process:
             self.there.reports = shared.reports
         if runner is not None:
@@ -254,6 +257,27 @@ class LMCacheBlendConnector(KVConnectorBase_V1):
         engine, self.engine = self.engine, None
         if engine is not None:
             shared.release(engine)
+
+
+def _check_setup(vllm_config: Any) -> None:
+    """Raises ConfigError for what a chunk cannot hold."""
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: a stage holds some layers, and chunks "
+            "hold all of them; start with --pipeline-parallel-size 1"
+        )
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise ConfigError(
+                f"{name} = {getattr(parallel, name)}: a rank holds some tokens, and chunks hold all of theirs; "
+                f"start with --{name.replace('_', '-')} 1"
+            )
+    if speculative is not None and (speculative.use_eagle() or speculative.uses_draft_model()):
+        raise ConfigError(
+            f"speculative method {speculative.method!r} keeps KV of a draft model, which is computed after the "
+            "forward that a chunk is taken from; choose ngram, or start without --speculative-config"
+        )
 
 
 def _sum_over_ranks(x: torch.Tensor) -> torch.Tensor:

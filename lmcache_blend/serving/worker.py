@@ -1,5 +1,6 @@
 """The worker's half: brings KV into vLLM's blocks before the forward, and takes it out after."""
 
+import hashlib
 import logging
 import threading
 import time
@@ -14,6 +15,7 @@ from torch import Tensor
 from lmcache_blend.blend import Blender, get_policy
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import KVEngine
+from lmcache_blend.engine.keys import TENANT_BYTES
 from lmcache_blend.engine.pipeline import LayerWriter
 from lmcache_blend.errors import ChunkLostError
 from lmcache_blend.rotary import RotaryTable
@@ -56,7 +58,7 @@ class Leaving(NamedTuple):
 
 class WorkerHalf:
     """layers: the model's paged layers. rotary: where chunks are kept before RoPE, None where bit for bit. runner: of
-    blend mode, None without it."""
+    blend mode, None without it. rank: of this worker among those that share the heads."""
 
     def __init__(
         self,
@@ -65,8 +67,10 @@ class WorkerHalf:
         layers: Sequence[PagedLayer],
         rotary: RotaryTable | None,
         runner: Any = None,
+        rank: int = 0,
     ):
         self.config, self.engine, self.layers, self.rotary, self.runner = config, engine, layers, rotary, runner
+        self.rank = rank
         self.counts: dict[str, float] = {}
         self.reports: dict[str, dict[str, Any]] = {}
         self.busy = False
@@ -110,7 +114,7 @@ class WorkerHalf:
     def _bring(self, load: Load) -> None:
         """Whatever goes wrong is reported as blocks that could not be loaded: vLLM computes them."""
         kv = PagedKV(self.layers, torch.tensor(load.blocks, device=self.layers[0].cache.device), len(load.tokens))
-        good = load.start
+        good, trouble = load.start, None
         try:
             coming = self._open(load, kv)
             short = load.prefix_end - coming.good
@@ -123,10 +127,25 @@ class WorkerHalf:
             self._came(coming)
             if short:
                 raise ChunkLostError(load.keys[0][0], f"{short} tokens of the prefix did not come")
-            if load.blend is not None:
+        except Exception as error:
+            trouble = error
+        try:
+            if load.blend is not None and self._all_have_come(trouble):
                 self._blend(load, kv)
         except Exception as error:
-            self._lost(load, good, error)
+            trouble = trouble or error
+        if trouble is not None:
+            self._lost(load, good, trouble)
+
+    def _all_have_come(self, trouble: Exception | None) -> bool:
+        """Whether no rank lacks a part of the prefix: a blend waits for all of them, in each of its forwards."""
+        reduce = None if self.runner is None else self.runner.reduce
+        if reduce is None:
+            return trouble is None
+        others = float(reduce(torch.tensor([float(trouble is not None)]))) > 0
+        if others and trouble is None:
+            raise RuntimeError("another rank lacks a part of the prefix")
+        return not others
 
     def _lost(self, load: Load, good: int, error: Exception) -> None:
         log.warning("request %s: KV is computed instead of loaded: %s", load.request, error, exc_info=_odd(error))
@@ -139,7 +158,7 @@ class WorkerHalf:
     def _open(self, load: Load, kv: PagedKV) -> Coming:
         """Begin to read the prefix chunks; good: as far as they are there, one after another."""
         began = time.perf_counter()
-        stored = self.engine.load([key for key, _, _ in load.keys]) if load.keys else []
+        stored = self.engine.load([self._own(key) for key, _, _ in load.keys]) if load.keys else []
         good, parts = load.start, []
         for found, (_, start, end) in zip(stored, load.keys, strict=True):
             if found is None or not self._fits(found.chunk, load.tokens, start, end):
@@ -193,6 +212,13 @@ class WorkerHalf:
         """After a forward, or where there was none: whatever no layer has asked for."""
         if self._coming:
             self._bring_layer(None)
+
+    def _own(self, key: bytes) -> bytes:
+        """This rank's key of a prefix chunk; the scheduler names rank 0's. The tenant's bytes stay."""
+        if self.rank == 0:
+            return key
+        digest = hashlib.sha256(b"rank %d" % self.rank + key).digest()
+        return key[:TENANT_BYTES] + digest[: len(key) - TENANT_BYTES]
 
     def _fits(self, chunk: KVChunk, tokens: Sequence[int], start: int, end: int) -> bool:
         """A store is not trusted to give the right chunk. The last token of a whole-prompt hit is not in `tokens`."""
@@ -255,6 +281,7 @@ class WorkerHalf:
             kv = PagedKV(self.layers, torch.tensor(save.blocks, device=self.layers[0].cache.device), len(save.tokens))
             try:
                 for key, start, end in save.chunks:
+                    key = self._own(key)
                     if key not in self.engine:
                         tokens = torch.tensor(save.tokens[start:end])
                         writer = self.engine.store_layers(key, tokens, shapes, types)
