@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import save_file
 
 from lmcache_blend.blend.policies import CacheBlend
 from lmcache_blend.blend.select import Deviation, Work, base_signals, deviation_chooser
 from lmcache_blend.errors import ConfigError, LMCacheBlendError
 from lmcache_blend.serving import ServingConfig
+from lmcache_blend.serving.identity import _sample
 from lmcache_blend.serving.matching import CUT_MAX, WINDOW, SegmentIndex, cuts, rolling, with_gaps
 from lmcache_blend.serving.plugin import check_version
 from lmcache_blend.serving.scheduler import BlendRequest
@@ -172,6 +174,22 @@ def test_gaps_are_cut_around_matches():
     spans = with_gaps(a, 0, [(700, 900)], 32)
     assert (700, 900) in spans
     assert all(x[1] <= y[0] for x, y in pairwise(spans))
+
+
+# ---------------------------------------------------------------------- who a model is
+def test_another_version_of_any_tensor_is_another_model(tmp_path):
+    tensors = {f"layers.{i}": torch.randn(64, 300, generator=torch.Generator().manual_seed(i)) for i in range(40)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    (tmp_path / "moved").mkdir()
+    save_file(tensors, tmp_path / "moved" / "a.safetensors")
+    one = _sample(tmp_path / "a.safetensors")
+    assert one == _sample(tmp_path / "moved" / "a.safetensors")
+    for name in tensors:
+        save_file({**tensors, name: tensors[name] * 1.001}, tmp_path / "b.safetensors")
+        assert _sample(tmp_path / "b.safetensors") != one
+    for data in (b"", b"\xff" * 9, b"\x02\0\0\0\0\0\0\0{}", bytes(100_000)):
+        (tmp_path / "c.bin").write_bytes(data)
+        assert len(_sample(tmp_path / "c.bin")) == 32
 
 
 # ---------------------------------------------------------------------- tensor parallel

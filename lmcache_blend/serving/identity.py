@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lmcache_blend.errors import ConfigError
 
@@ -64,11 +65,27 @@ def _files(model: str, revision: str | None) -> list[Path]:
 
 
 def _sample(path: Path) -> bytes:
-    """Size and evenly spread pieces of a file, the last bytes included."""
+    """Size and pieces of a weight file: from each tensor where the file says where they lie, else evenly spread.
+
+    Training moves about every number of a tensor that it touches, so that a piece of it tells two versions apart.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        for i in range(SAMPLES):
-            file.seek(max(0, (size - SAMPLE_BYTES) * i // (SAMPLES - 1)))
+        for start in _tensors(file, size) or [
+            max(0, (size - SAMPLE_BYTES) * i // (SAMPLES - 1)) for i in range(SAMPLES)
+        ]:
+            file.seek(start)
             digest.update(file.read(SAMPLE_BYTES))
     return digest.digest()
+
+
+def _tensors(file: BinaryIO, size: int) -> list[int]:
+    """The middle of each tensor of a safetensors file; [] for other files."""
+    try:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length)) if 8 + length <= size else {}
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        return [8 + length + (start + max(start, end - SAMPLE_BYTES)) // 2 for start, end in sorted(spans)]
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return []
