@@ -356,8 +356,8 @@ def refused(model: str, folder: Path) -> Any:
 
 SCENARIOS = {
     f.__name__: f
-    for f in (plain, offload, chunked, later, layered, damaged, lossy, aborts, decode, blend, slices, compiled, two_ranks,
-              offload_two_ranks, crowded, content, separator, refused)
+    for f in (plain, offload, chunked, later, layered, damaged, lossy, aborts, decode, blend, slices, compiled,
+              two_ranks, offload_two_ranks, crowded, content, separator, refused)
 }  # fmt: skip
 
 if __name__ == "__main__":

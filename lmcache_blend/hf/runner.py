@@ -36,7 +36,7 @@ class HFRunner:
         self.config = model.config.get_text_config(decoder=True)
         self.model_id = model_id or self.config.model_type
         if getattr(self.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
-            # Older releases of transformers choose SDPA here all the same; eager is the formula of the weights' training.
+            # Older releases of transformers choose SDPA all the same; the weights were trained with eager's formula.
             model.set_attn_implementation("eager")
         self.layers = _decoder_layers(model, self.config.num_hidden_layers)
         self.num_layers = len(self.layers)
