@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--concurrency", type=int, default=8)
     arguments = parser.parse_args()
-    server = VllmServer("--cpu-gib", "0.5").start()
+    server = VllmServer("--cpu-gib", "0.2").start()
     try:
         found = soak(server, arguments.requests, arguments.concurrency)
     finally:
