@@ -1,157 +1,44 @@
 """What offload and blend mode are worth in a real vLLM: python -m lmcache_blend.eval.serving_bench --model M --data F.
 
 Offload: TTFT of 2,000-token prompts without the connector, with it (cold, storing), and in a second process from the
-disk tier (warm), bit for bit and with a codec; a process each, in turns. Blend: TTFT of 10-passage prompts from chunks
-in memory, per policy, against plain prefill of the same prompts in the same engine, in turns. Exact: prompts of
-shuffled passages at ratio 1.0, and many at once that share prefixes, must have the answers of an engine without the
-connector. All ratios are medians of per-prompt ratios. TTFT is the wall time of generate(max_tokens=1). Needs vLLM and
-the plugin installed.
+disk tier (warm), bit for bit and with a codec; a process each, in turns. With --lmcache-python also in a vLLM with
+LMCache's multiprocess mode, warm from its server's memory. Blend: TTFT of 10-passage prompts from chunks in memory, per
+policy, against plain prefill of the same prompts in the same engine, in turns. Exact: prompts of shuffled passages at
+ratio 1.0, and many at once that share prefixes, must have the answers of an engine without the connector. All ratios
+are medians of per-prompt ratios. TTFT is the wall time of generate(max_tokens=1). Needs vLLM and the plugin installed.
 """
 
 import argparse
+import importlib.util
 import json
-import os
-import random
 import shutil
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-EXACT_PROMPTS, SHARING, ANSWER = 30, 50, 8
-"""Prompts at ratio 1.0; prompts at once; tokens of an answer."""
-POLICIES = ("epic", "attention_value_norm", "cacheblend")
-OFFLOAD_TOKENS, PROMPTS, ROUNDS = 2000, 3, 3
-ENVIRONMENT = {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
+from lmcache_blend.errors import ConfigError, DataError, LMCacheBlendError, ModelNotFoundError, UnknownNameError
+from lmcache_blend.eval import serving_peer
+from lmcache_blend.eval.serving_jobs import POLICIES, JobError, child
+from lmcache_blend.eval.serving_table import table
 
-
-class Engine:
-    """An offline LLM with or without the connector."""
-
-    def __init__(self, job: dict[str, Any]):
-        from vllm import LLM
-        from vllm.config import KVTransferConfig
-
-        extra = job.get("extra")
-        named: dict[str, Any] = {}
-        if extra is not None:
-            named["kv_transfer_config"] = KVTransferConfig(
-                kv_connector="LMCacheBlendConnector", kv_role="kv_both", kv_connector_extra_config=extra
-            )
-        self.llm = LLM(
-            model=job["model"], dtype="float32", max_model_len=4096, max_num_batched_tokens=4096, max_num_seqs=8,
-            enforce_eager=not job.get("compiled", False), **named,
-        )  # fmt: skip
-        self.salt = 0
-
-    def __call__(
-        self, ids: list[int], params: dict[str, Any] | None = None, tokens: int = 1
-    ) -> tuple[float, list[int]]:
-        """TTFT in ms (for one token) and the answer; vLLM's own prefix cache is emptied first."""
-        from vllm import SamplingParams
-
-        self.llm.reset_prefix_cache()
-        extra = {"kv_transfer_params": params} if params else None
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
-        began = time.perf_counter()
-        out = self.llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)[0]
-        return (time.perf_counter() - began) * 1e3, list(out.outputs[0].token_ids)
-
-    def at_once(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Answers to prompts that are served side by side."""
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
-        out = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-        return [list(o.outputs[0].token_ids) for o in out]
-
-    def flush(self) -> None:
-        self.llm.llm_engine.engine_core.engine_core.scheduler.connector.engine.flush()  # pyright: ignore
-
-
-def offload_child(job: dict[str, Any]) -> dict[str, Any]:
-    """TTFT and answers of the prompts, and the time from the first to the eighth token (warms nothing)."""
-    engine = Engine(job)
-    engine(job["warm_up"])
-    ttft, answers = [], []
-    for ids in job["prompts"]:
-        ms, _ = engine(ids)
-        ttft.append(ms)
-        if job.get("extra") is not None:
-            engine.flush()
-        answers.append(engine(ids, tokens=8)[1])
-    return {"ttft_ms": ttft, "answers": answers}
-
-
-def shuffled(sample: dict[str, Any], seed: int) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a prompt of passages in another order, and their spans."""
-    ids, spans = list(sample["head"]), []
-    for passage in random.Random(seed).sample(sample["passages"], len(sample["passages"])):
-        spans.append([len(ids), len(ids) + len(passage)])
-        ids += passage
-    return ids + sample["question"], spans
-
-
-def store_passages(engine: Engine, samples: list[dict[str, Any]]) -> None:
-    for sample in samples:
-        for passage in sample["passages"]:
-            engine(passage, {"blend": {"spans": [[0, len(passage)]]}})
-
-
-def blend_child(job: dict[str, Any]) -> dict[str, Any]:
-    engine = Engine(job)
-    rows: dict[str, list[float]] = {name: [] for name in ("plain", *POLICIES)}
-    store_passages(engine, job["samples"])
-    for i, sample in enumerate([job["samples"][0], *job["samples"]]):
-        ids, spans = shuffled(sample, i)
-        for name in random.Random(i).sample(list(rows), len(rows)):
-            ask = {"blend": False if name == "plain" else {"spans": spans, "policy": name, "recompute_ratio": 0.15}}
-            ms, _ = engine(ids, ask)
-            if i:  # the first prompt warms up
-                rows[name].append(ms)
-    return rows
-
-
-def exact_child(job: dict[str, Any]) -> dict[str, Any]:
-    """How many prompts have the plain answer when all, when none of their tokens are recomputed, and plain afterwards:
-    nothing of the blended ones may be left in vLLM's cache, which is not emptied before."""
-    engine, found = Engine(job), {"ratio_1": 0, "full_reuse": 0, "plain_afterwards": 0}
-    for i, sample in enumerate(job["samples"]):
-        store_passages(engine, [sample])
-        ids, spans = shuffled(sample, i)
-        plain = engine(ids, {"blend": False}, ANSWER)[1]
-        for name, policy, ratio in (("full_reuse", "full_reuse", 0.0), ("ratio_1", "epic", 1.0)):
-            ask = {"spans": spans, "policy": policy, "recompute_ratio": ratio}
-            found[name] += engine(ids, {"blend": ask}, ANSWER)[1] == plain
-            if name == "full_reuse":
-                found["plain_afterwards"] += engine.at_once([ids]) == [plain]
-    return found
-
-
-def sharing_child(job: dict[str, Any]) -> dict[str, Any]:
-    engine = Engine(job)
-    first = engine.at_once(job["prompts"])
-    if job.get("extra") is not None:
-        engine.flush()
-    engine.llm.reset_prefix_cache()
-    return {"first": first, "again": engine.at_once(job["prompts"])}
+EXACT_PROMPTS, SHARING = 30, 50
+"""Prompts at ratio 1.0; prompts at once."""
+OFFLOAD_TOKENS, WARM_UP, PROMPTS, ROUNDS = 2000, 300, 3, 3
+PARTS = ("offload", "blend", "compiled", "exact")
+PATIENCE = 60.0, 10.0
+"""Seconds for a job of the peer, and how many times as long as this package's own it may take besides."""
 
 
 def sharing_prompts(samples: list[dict[str, Any]]) -> list[list[int]]:
     """Prompts of one to four passages, by fives with the same first ones."""
     out = []
     for i in range(SHARING):
-        shared, own = samples[i // 5], samples[(7 * i + 11) % len(samples)]
+        shared, own = samples[i // 5 % len(samples)], samples[(7 * i + 11) % len(samples)]
         passages = shared["passages"][: 1 + i % 3] + own["passages"][: i % 2]
         out.append([*shared["head"], *(t for p in passages for t in p), *own["question"]])
     return out
@@ -178,107 +65,212 @@ def exact(model: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-CHILDREN = {"offload": offload_child, "blend": blend_child, "exact": exact_child, "sharing": sharing_child}
-
-
-def child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Run a job in a process of its own."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job, file)
-        file.flush()
-        command = [sys.executable, "-m", "lmcache_blend.eval.serving_bench", "--child", kind, file.name]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise RuntimeError(f"benchmark process failed: {done.stderr[-2000:]}")
-    return json.loads(lines[-1].removeprefix("RESULT "))
-
-
 def ratio(over: list[float], under: list[float]) -> float:
+    """Median of the ratios, prompt by prompt.
+
+    >>> ratio([1.0, 8.0, 3.0], [2.0, 4.0, 4.0])
+    0.75
+    """
     return round(statistics.median(a / b for a, b in zip(over, under, strict=True)), 4)
 
 
-def offload(model: str, prompts: list[list[int]], warm_up: list[int], codec: Any, rounds: int) -> dict[str, Any]:
-    """Rows cold, warm and, with a codec, coded; ratios to an engine without the connector, prompt by prompt."""
-    seen: dict[str, list[float]] = {name: [] for name in ("plain", "cold", "warm", "coded_cold", "coded_warm")}
-    sizes, same, job = {}, [], {"model": model, "prompts": prompts, "warm_up": warm_up}
-    for _ in range(rounds):
-        plain = child("offload", job)
-        seen["plain"] += plain["ttft_ms"]
+class Runs:
+    """Results of the offload job by the name of the run, round after round, against those of `plain`."""
+
+    def __init__(self) -> None:
+        self.ttft_ms: dict[str, list[float]] = {}
+        self.cached: dict[str, list[int]] = {}
+        self.same: dict[str, bool] = {}
+        self.plain: dict[str, Any] = {}
+
+    def add(self, name: str, result: dict[str, Any]) -> None:
+        """`plain` comes first in every round."""
+        if name == "plain":
+            self.plain = result
+        self.ttft_ms.setdefault(name, []).extend(result["ttft_ms"])
+        self.cached.setdefault(name, []).extend(result["cached_tokens"])
+        self.same[name] = self.same.get(name, True) and result["answers"] == self.plain["answers"]
+
+    def drop(self, prefix: str) -> None:
+        """Forget the runs of a peer that failed in a later round: its prompts are no longer those of `plain`."""
+        for seen in (self.ttft_ms, self.cached, self.same):
+            for name in [n for n in seen if n.startswith(prefix)]:
+                del seen[name]
+
+    def summary(self) -> dict[str, Any]:
+        """<run>_ttft_ratio over plain, <run>_ttft_ms and <run>_cached_tokens (medians), and identical answers."""
+        plain, runs = self.ttft_ms["plain"], [name for name in self.ttft_ms if name != "plain"]
+        out: dict[str, Any] = {f"{name}_ttft_ratio": ratio(self.ttft_ms[name], plain) for name in runs}
+        out |= {f"{name}_ttft_ms": round(statistics.median(ms), 1) for name, ms in self.ttft_ms.items()}
+        out |= {f"{name}_cached_tokens": statistics.median_low(self.cached[name]) for name in runs}
+        out["identical_answers"] = self.same["cold"] and self.same["warm"]
+        if "lmcache_cold" in runs:
+            out["lmcache_identical_answers"] = self.same["lmcache_cold"] and self.same["lmcache_warm"]
+        return out
+
+
+def offload(
+    model: str, prompts: list[list[int]], warm_up: list[int], codec: Any, rounds: int, peer: tuple[str, int] | None
+) -> dict[str, Any]:
+    """Runs cold, warm and, with a codec, coded; ratios to an engine without the connector, prompt by prompt.
+
+    peer: an interpreter with LMCache and its chunk's tokens. Where it does not run, lmcache_error says why.
+    """
+    runs, sizes, out = Runs(), {}, {}
+    job = {"model": model, "prompts": prompts, "warm_up": warm_up}
+    for number in range(1, rounds + 1):
+        say(f"offload, round {number} of {rounds}: without connector")
+        runs.add("plain", child("offload", job))
+        longest = 0.0
         for prefix, chosen in [("", None)] + ([("coded_", codec)] if codec else []):
             folder = tempfile.mkdtemp(prefix="lmcache_blend_")
             try:
                 extra = {"tiers": [{"tier": "disk", "path": folder}], "codec": chosen}
                 for name in ("cold", "warm"):
-                    result = child("offload", {**job, "extra": extra})
-                    seen[prefix + name] += result["ttft_ms"]
-                    if not prefix:
-                        same.append(result["answers"] == plain["answers"])
+                    say(f"offload, round {number} of {rounds}: {prefix}{name}")
+                    began = time.monotonic()
+                    runs.add(prefix + name, child("offload", {**job, "extra": extra}))
+                    longest = max(longest, time.monotonic() - began)
                 sizes[prefix or "raw_"] = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
             finally:
                 shutil.rmtree(folder)
-    out = {f"{name}_ttft_ratio": ratio(ms, seen["plain"]) for name, ms in seen.items() if ms and name != "plain"}
-    out |= {f"{name}_ttft_ms": round(statistics.median(ms), 1) for name, ms in seen.items() if ms}
-    out["identical_answers"] = all(same)
-    out["raw_bytes"] = sizes["raw_"]
+        if peer and "lmcache_error" not in out:
+            say(f"offload, round {number} of {rounds}: LMCache, cold and warm")
+            try:
+                patience = PATIENCE[0] + PATIENCE[1] * longest
+                seen = serving_peer.turn(peer[0], job, sizes["raw_"], patience, peer[1])
+                for name, result in seen.items():
+                    runs.add(f"lmcache_{name}", result)
+                out["lmcache_versions"] = seen["warm"]["versions"]
+            except JobError as error:
+                runs.drop("lmcache_")
+                out = {"lmcache_error": str(error)}
+                say(f"LMCache is left out: {error}")
+    out = {**runs.summary(), "raw_bytes": sizes["raw_"], **out}
     if codec:
         out |= {"coded_bytes": sizes["coded_"], "bytes_ratio": round(sizes["coded_"] / sizes["raw_"], 4)}
     return out
 
 
-def main() -> None:
-    if len(sys.argv) == 4 and sys.argv[1] == "--child":
-        print("RESULT " + json.dumps(CHILDREN[sys.argv[2]](json.loads(Path(sys.argv[3]).read_text()))), flush=True)
-        os._exit(0)  # vLLM's threads must not keep a finished job
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or alias")
-    parser.add_argument("--data", required=True, help="JSONL with contexts and question, such as squad_rag10")
-    parser.add_argument("--codec", help="id or JSON of the codec to measure beside raw")
-    parser.add_argument("--parts", default="offload,blend,compiled,exact")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--prompts", type=int, default=PROMPTS)
-    parser.add_argument("--output", default="-", help="JSON file, - for stdout only")
-    args = parser.parse_args()
+def blend(model: str, samples: list[dict[str, Any]], compiled: bool) -> dict[str, Any]:
+    # No prefixes: after a plain request, a blended one of the same prompt would find all of it.
+    tiers = [{"tier": "cpu", "capacity_bytes": 2 << 30}]
+    extra = {"tiers": tiers, "offload": False, "blend": {"match": "spans"}}
+    rows = child("blend", {"model": model, "samples": samples, "extra": extra, "compiled": compiled})
+    out = {f"{name}_ttft_ratio": ratio(rows[name], rows["plain"]) for name in POLICIES}
+    return {**out, "plain_ttft_ms": round(statistics.median(rows["plain"]), 1)}
 
-    from transformers import AutoTokenizer
 
-    from lmcache_blend.hf import resolve_model
-
-    model = str(resolve_model(args.model))
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def read_samples(tokenizer: Any, data: Path) -> list[dict[str, Any]]:
+    """Token ids of each line: head, passages, question. Raises DataError."""
+    from lmcache_blend.eval.tasks.jsonl import load_jsonl
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    data = [json.loads(line) for line in Path(args.data).read_text().splitlines() if line.strip()]
-    head = ids("Answer the question from the documents.\n\n")
-    samples: list[dict[str, Any]] = []
-    for row in data:
-        passages = [ids(f"Document: {c}\n\n") for c in row["contexts"]]
-        samples.append({"head": head, "passages": passages, "question": ids(f"Question: {row['question']}\nAnswer:")})
+    head, out = ids("Answer the question from the documents.\n\n"), []
+    for row in load_jsonl(data, limit=sys.maxsize, seed=0).samples:
+        passages = [ids(f"Document: {c}\n\n") for c in row.contexts]
+        out.append({"head": head, "passages": passages, "question": ids(f"Question: {row.question}\nAnswer:")})
+    return out
+
+
+def bench(args: argparse.Namespace) -> dict[str, Any]:
+    """The report, written to args.output after every part."""
+    from transformers import AutoTokenizer
+
+    from lmcache_blend.codecs import get_codec
+    from lmcache_blend.eval.writer import write_atomic
+    from lmcache_blend.hf import resolve_model
+
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError("vLLM is not installed here; `make serving` or pip install 'lmcache-blend[vllm]'")
+    codec = get_codec(args.codec).get_config() if args.codec else None
+    if args.output != "-" and not Path(args.output).absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {args.output}: its folder does not exist")
+    model = str(resolve_model(args.model))
+    samples = read_samples(AutoTokenizer.from_pretrained(model), Path(args.data))
     near = sorted(samples, key=lambda s: abs(sum(map(len, s["passages"])) - 1760))[: args.prompts]
     stream = [t for s in samples for p in s["passages"] for t in p]
+    if len(stream) < args.prompts * OFFLOAD_TOKENS + WARM_UP:
+        raise DataError(
+            f"{args.data} holds {len(stream)} tokens, {args.prompts} prompts of {OFFLOAD_TOKENS} and {WARM_UP} to warm "
+            "up need more; give more text or fewer --prompts"
+        )
     prompts = [stream[i * OFFLOAD_TOKENS : (i + 1) * OFFLOAD_TOKENS] for i in range(args.prompts)]
-    codec = json.loads(args.codec) if args.codec and args.codec.startswith("{") else args.codec
     report: dict[str, Any] = {"model": args.model, "tokens": OFFLOAD_TOKENS, "rounds": args.rounds}
-    if "offload" in args.parts:
-        report["offload"] = offload(model, prompts, stream[-300:], codec, args.rounds)
-    if "exact" in args.parts:
-        report["exact"] = exact(model, samples)
-    for part in ("blend", "compiled"):
-        if part in args.parts.split(","):
-            # No prefixes: after a plain request, a blended one of the same prompt would find all of it.
-            tiers = [{"tier": "cpu", "capacity_bytes": 2 << 30}]
-            extra = {"tiers": tiers, "offload": False, "blend": {"match": "spans"}}
-            job = {"model": model, "samples": near, "extra": extra, "compiled": part == "compiled"}
-            rows = child("blend", job)
-            report[part] = {f"{name}_ttft_ratio": ratio(rows[name], rows["plain"]) for name in POLICIES}
-            report[part]["plain_ttft_ms"] = round(statistics.median(rows["plain"]), 1)
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.output != "-":
-        Path(args.output).write_text(text)
+    report |= {"prompts": args.prompts, "codec": codec}
+    peer = (args.lmcache_python, args.lmcache_chunk) if args.lmcache_python else None
+    measure = {
+        "offload": lambda: offload(model, prompts, stream[-WARM_UP:], codec, args.rounds, peer),
+        "exact": lambda: exact(model, samples),
+        "blend": lambda: blend(model, near, False),
+        "compiled": lambda: blend(model, near, True),
+    }
+    for part in (p for p in measure if p in args.parts):
+        say(part)
+        report[part] = measure[part]()
+        if args.output != "-":
+            write_atomic(Path(args.output), json.dumps(report, indent=2).encode())
+    return report
+
+
+def say(line: str) -> None:
+    print(f"serving_bench: {line}", file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"serving_bench: {' '.join(message.split())} (see --help)\n")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="serving_bench", description=__doc__, formatter_class=raw)
+    parser.add_argument("--model", required=True, help="folder or alias")
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSONL with contexts and question")
+    parser.add_argument("--codec", metavar="SPEC", help="id or JSON of the codec to measure beside raw")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="P[,P...]", help=f"default {','.join(PARTS)}")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"of offload (default {ROUNDS})")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, metavar="N", help=f"default {PROMPTS}")
+    parser.add_argument("--lmcache-python", metavar="PYTHON", help="of an environment with LMCache and vLLM, as peer")
+    parser.add_argument(
+        "--lmcache-chunk", type=int, default=serving_peer.CHUNK, metavar="N", help="tokens (default 256, LMCache's own)"
+    )
+    parser.add_argument("--output", default="-", metavar="FILE", help="JSON; - (default) for stdout, table on stderr")
+    args = parser.parse_args(argv)
+    args.parts = args.parts.split(",")
+    for part in args.parts:
+        if part not in PARTS:
+            raise UnknownNameError("part", part, PARTS)
+    for name in ("rounds", "prompts", "lmcache_chunk"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it is 1 at least")
+    if args.lmcache_python and "offload" not in args.parts:
+        parser.error("--lmcache-python is for the part offload")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status: 2 for bad input, 1 where an engine of this package fails."""
+    try:
+        args = parse(argv)
+        report = bench(args)
+    except (ConfigError, DataError, ModelNotFoundError, UnknownNameError) as error:
+        say(" ".join(str(error).split()))
+        return 2
+    except LMCacheBlendError as error:
+        print(getattr(error, "output", ""), file=sys.stderr)  # of a JobError
+        say(" ".join(str(error).split()))
+        return 1
+    if args.output == "-":
+        print(json.dumps(report, indent=2), flush=True)
+    print("\n" + table(report), file=sys.stderr if args.output == "-" else sys.stdout)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an end on which the peer's server is stopped, too
+    sys.exit(main())
