@@ -150,6 +150,19 @@ def test_tensor_parallel(llama, plain, tmp_path):
     assert sum(second["hits"]) > 1000 > sum(first["hits"])
 
 
+def test_blend_through_the_kernels_operators(llama, gemma, tmp_path):
+    """As on CUDA; every answer is held against vLLM's own attention, the policies' rows against its run-split path."""
+    for model in (llama, gemma):
+        result = run("kernels", model, tmp_path / model.name)
+        # Two policies probe every layer.
+        assert result["calls"]["attention_mass"] == 2 * (10 if model is llama else 6)
+        assert result["calls"]["selective_attention"] > 50
+        check_blend(result)
+        stock = run("blend", model, tmp_path / f"{model.name} stock")["policies"]
+        assert {n: p["tokens"] for n, p in result["policies"].items()} == {n: p["tokens"] for n, p in stock.items()}
+    check_blend(run("kernels_compiled", llama, tmp_path / "compiled"))
+
+
 def test_blended_requests_are_preempted_and_come_back(llama, tmp_path):
     result = run("crowded", llama, tmp_path)
     assert result["preempted"]

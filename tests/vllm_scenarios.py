@@ -290,6 +290,29 @@ def compiled(model: str, folder: Path) -> Any:
     return blend(model, folder, enforce_eager=False)
 
 
+def kernels(model: str, folder: Path) -> Any:
+    """Recomputed rows and probes through the operators that CUDA takes; here these run their CPU path."""
+    from lmcache_blend.serving import attend
+
+    seen = {"selective_attention": 0, "attention_mass": 0}
+    for name in seen:
+
+        def counted(*args: Any, name: str = name, own: Any = getattr(attend, name), **named: Any) -> Any:
+            seen[name] += 1
+            return own(*args, **named)
+
+        setattr(attend, name, counted)
+    attend.DEVICES = frozenset({"cpu"})
+    return {**blend(model, folder), "calls": seen}
+
+
+def kernels_compiled(model: str, folder: Path) -> Any:
+    from lmcache_blend.serving import attend
+
+    attend.DEVICES = frozenset({"cpu"})
+    return compiled(model, folder)
+
+
 def crowded(model: str, folder: Path) -> Any:
     """So few blocks that requests are preempted and come back, blended ones too."""
     server = Server(model, blend_settings(folder), num_gpu_blocks_override=12, max_num_seqs=4, max_model_len=1024)
@@ -356,8 +379,8 @@ def refused(model: str, folder: Path) -> Any:
 
 SCENARIOS = {
     f.__name__: f
-    for f in (plain, offload, chunked, later, layered, damaged, lossy, aborts, decode, blend, slices, compiled,
-              two_ranks, offload_two_ranks, crowded, content, separator, refused)
+    for f in (plain, offload, chunked, later, layered, damaged, lossy, aborts, decode, blend, slices, compiled, kernels,
+              kernels_compiled, two_ranks, offload_two_ranks, crowded, content, separator, refused)
 }  # fmt: skip
 
 if __name__ == "__main__":

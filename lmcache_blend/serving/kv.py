@@ -8,6 +8,7 @@ B tokens of a block, H KV heads of this rank, D head dim, T tokens of a prompt.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,11 +75,15 @@ class PagedLayer:
     def __init__(self, name: str, attention: Any, cache: Tensor, block: int, scratch: int):
         self.name, self.attention, self.cache, self.block = name, attention, cache, block
         self.heads, self.dim = attention.num_kv_heads, attention.head_size
+        # The CPU's cache update takes any strides of tokens and heads; those of GPUs take heads side by side.
+        self.strided = cache.device.type == "cpu"
         self.k, self.v = self._learn(scratch)
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v [n, H, D] into slots [n] (block * B + offset)."""
-        k, v = k.to(self.cache.dtype).contiguous(), v.to(self.cache.dtype).contiguous()
+        k, v = k.to(self.cache.dtype), v.to(self.cache.dtype)
+        if not self.strided:
+            k, v = k.contiguous(), v.contiguous()
         self.attention.impl.do_kv_cache_update(self.attention, k, v, self.cache, slots)
 
     def read(self, blocks: Tensor, start: int, end: int) -> Views:
@@ -87,6 +92,17 @@ class PagedLayer:
         cut = slice(start - first * self.block, end - first * self.block)
         return tuple(x[blocks[first:last]].transpose(0, 1).flatten(1, 2)[:, cut] for x in (self.k, self.v))  # pyright: ignore
 
+    def pages(self, blocks: Tensor, tokens: int) -> Views:
+        """As read, of the first tokens, in whatever order of memory is copied fastest."""
+        count, out = -(-tokens // self.block), []
+        for x in (self.k, self.v):
+            if x.stride(3) != 1:  # keys that are kept transposed stay so
+                found = x.permute(1, 3, 0, 2).index_select(2, blocks[:count]).flatten(2).transpose(1, 2)
+            else:
+                found = x.index_select(0, blocks[:count]).transpose(0, 1).flatten(1, 2)
+            out.append(found[:, :tokens])
+        return out[0], out[1]
+
     def _learn(self, scratch: int) -> Views:
         """Write known numbers into a block that nobody uses, and find the layout that reads them back."""
         cache = self.cache
@@ -94,7 +110,10 @@ class PagedLayer:
             raise UnsupportedModelError(f"{type(self.attention.impl).__name__} has no do_kv_cache_update")
         shape = (self.block, self.heads, self.dim)
         generator = torch.Generator().manual_seed(1)
-        k, v = (torch.randn(shape, generator=generator).to(cache) for _ in range(2))
+        # With strides as fill_with gives them, so that what does not read them well is found out here.
+        k, v = (
+            torch.randn(self.heads, self.block, self.dim, generator=generator).to(cache).transpose(0, 1) for _ in "kv"
+        )
         self.write(torch.arange(self.block, device=cache.device) + scratch * self.block, k, v)
         try:
             for layout in LAYOUTS:
@@ -145,6 +164,9 @@ class PagedKV:
         loader.positions: [n] int64, ascending, the positions that it fills; others are left as they are.
         """
         positions: Tensor = loader.positions
+        breaks = [0, *((positions.diff() != 1).nonzero().flatten() + 1).tolist(), len(positions)]
+        runs = [(int(positions[a]), int(positions[b - 1]) + 1) for a, b in pairwise(breaks) if b > a]
+        slots: dict[int, Tensor] = {}
         staging: dict[tuple[int, int, int], Views] = {}
         for i, layer in enumerate(self.layers):
             shape = (layer.heads, self.length, layer.dim)
@@ -153,4 +175,7 @@ class PagedKV:
                 staging[shape] = tuple(torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))  # pyright: ignore
             k, v = staging[shape]
             loader(i, k, v)
-            layer.write(self.slots(i, positions), *(x[:, positions].transpose(0, 1) for x in (k, v)))
+            if layer.block not in slots:
+                slots[layer.block] = self.slots(i, torch.arange(runs[-1][1] if runs else 0))
+            for start, end in runs:
+                layer.write(slots[layer.block][start:end], *(x[:, start:end].transpose(0, 1) for x in (k, v)))
