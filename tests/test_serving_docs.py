@@ -1,4 +1,4 @@
-"""README's Serve section and docs/serving.md, followed to the letter: a blended answer, and a metrics line that proves it."""
+"""README's Serve section and docs/serving.md, followed to the letter: a blended answer, and metrics that prove it."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text().partition("\n## Serve\n")[2].partition
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A function that gives commands of the docs this test's port, and the port's server, started as the README says."""
+    """A function that gives the docs' commands this test's port; its server is started as the README says."""
     folder, port = tmp_path_factory.mktemp("serve"), str(free_port())
 
     def here(text: str) -> str:
@@ -32,10 +32,10 @@ def served(tmp_path_factory):
 
     (command,) = re.findall(r"^ {4}(lmcache-blend serve .*)$", README, re.MULTILINE)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    log = open(folder / "log", "wb")
-    server = subprocess.Popen(
-        here(command), shell=True, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "PATH": path}
-    )
+    with open(folder / "log", "wb") as log:
+        server = subprocess.Popen(
+            here(command), shell=True, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "PATH": path}
+        )
     try:
         end = time.monotonic() + 240
         while True:
@@ -50,7 +50,6 @@ def served(tmp_path_factory):
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-        log.close()
 
 
 def shell(commands: str) -> list[str]:

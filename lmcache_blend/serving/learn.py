@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from lmcache_blend.blend.runner import CostModel
 from lmcache_blend.errors import UnsupportedModelError
@@ -102,12 +103,30 @@ def row_cost(model: Any, layers: Sequence[PagedLayer]) -> CostModel:
         own = path[id(layer.attention)].split(".")
         cut = max(i for i, part in enumerate(own) if part.isdigit()) + 1
         block = model.get_submodule(".".join(own[:cut]))
-        weights = {n: 2.0 * p.numel() for n, p in block.named_parameters() if p.dim() > 1}
+        weights = {name: 2.0 * size for name, size in _sizes(block).items()}
         row.append(sum(weights.values()))
         check.append(sum(x for n, x in weights.items() if any(p in n for p in ("qkv", "q_proj", "k_proj", "v_proj"))))
         attend.append(4.0 * layer.attention.num_heads * layer.dim)
         window.append(window_of(layer.attention.impl))
-    head = model.get_submodule("lm_head") if hasattr(model, "lm_head") else None
-    head_cost = 2.0 * sum(p.numel() for p in head.parameters()) if head is not None else 0.0
-    zeros = (0.0,) * len(row)
-    return CostModel(tuple(row), tuple(check), zeros, tuple(attend), tuple(window), head_cost)
+    head = getattr(model, "lm_head", None)
+    size = 0 if head is None else head.num_embeddings_per_partition * head.embedding_dim
+    return CostModel(tuple(row), tuple(check), (0.0,) * len(row), tuple(attend), tuple(window), 2.0 * size)
+
+
+def _sizes(block: Module) -> dict[str, float]:
+    """Numbers of each matrix that a row is multiplied with. A linear layer's come from its sizes: on CPU its weight is
+    packed for the processor, and nothing stays in its place. Of experts only the active ones count."""
+    out = {}
+    for name, module in block.named_modules():
+        sizes = [
+            getattr(module, f"{end}_size_per_partition", getattr(module, f"{end}_size", 0))
+            for end in ("input", "output")
+        ]
+        if all(isinstance(size, int) and size for size in sizes):
+            out[name] = float(sizes[0] * sizes[1])
+            continue
+        share = getattr(module, "top_k", 1) / getattr(module, "local_num_experts", 1)
+        for own, p in module.named_parameters(recurse=False):
+            if p.dim() > 1:
+                out[f"{name}.{own}"] = p.numel() * (share if p.dim() > 2 else 1.0)
+    return out
