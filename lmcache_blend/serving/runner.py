@@ -77,7 +77,8 @@ class VLLMRunner:
     def _builders(self) -> list[tuple[Any, list[str], Any, int]]:
         """(KV cache group, layers, an own metadata builder, block size): the runner's keep state of its batch."""
         out = []
-        sizes = getattr(self.runner, "_kernel_block_sizes", None)
+        # vLLM's two model runners name it differently.
+        sizes = getattr(self.runner, "_kernel_block_sizes", None) or getattr(self.runner, "kernel_block_sizes", None)
         with set_current_vllm_config(self.vllm_config):
             for gid, groups in enumerate(self.runner.attn_groups):
                 for group in groups:
