@@ -94,13 +94,13 @@ def write_growth(request: CalcRequest, path: Path, longest: int) -> None:
 
 
 def size(nbytes: float) -> str:
-    """Bytes in the largest unit that leaves at least 1.
+    """Bytes in the largest unit that leaves at least 1, rounded.
 
-    >>> size(131072), size(2_500_000_000), size(12)
-    ('131.1 kB', '2.5 GB', '12 B')
+    >>> size(131072), size(999_999), size(2_500_000_000), size(12)
+    ('131.1 kB', '1.0 MB', '2.5 GB', '12 B')
     """
     for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= one:
+        if nbytes >= 0.99995 * one:
             return f"{nbytes / one:,.1f} {unit}"
     return f"{nbytes:.0f} B"
 

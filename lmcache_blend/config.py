@@ -10,6 +10,8 @@ import pydantic
 from lmcache_blend.errors import ConfigError, nearest
 
 ENV_PREFIX = "LMCACHE_BLEND_"
+MOST_SHOWN = 100
+"""Characters of a wrong value in an error message."""
 
 
 def cache_dir() -> Path:
@@ -31,7 +33,9 @@ class Config(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}") from None
+            given = repr(first["input"])
+            given = given if len(given) <= MOST_SHOWN else f"{given[:MOST_SHOWN]}..."
+            raise ConfigError(f"{where} = {given}: {first['msg']}") from None
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated anew."""

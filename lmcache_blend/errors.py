@@ -59,6 +59,10 @@ class CorruptChunkError(LMCacheBlendError, ValueError):
     """Stored bytes do not decode to the chunk that they claim to be."""
 
 
+class ForeignChunkError(CorruptChunkError):
+    """A chunk is coded by a codec, or with a profile, that this process does not have; others may."""
+
+
 class ChunkLostError(LMCacheBlendError, OSError):
     """A chunk whose layers were on their way will not come in full; the prompt is computed without it."""
 

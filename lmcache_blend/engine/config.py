@@ -1,6 +1,6 @@
 """Settings of the engine and of each of its tiers."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -29,8 +29,8 @@ class TierConfig(Config):
     """Whether a new chunk is written here at once, or only when the tier above evicts it. The first tier gets all."""
     eviction: str = "lru"
     """Name of the eviction policy: lru, lfu, fifo, s3fifo, arc, cost."""
-    quotas: dict[str, int] = pydantic.Field(default_factory=dict)
-    """Bytes that the chunks of a salt may take here, at most."""
+    quotas: dict[str, Annotated[int, pydantic.Field(ge=0)]] = pydantic.Field(default_factory=dict)
+    """Bytes that the chunks of a salt may take here, at most; 0 keeps the tenant out."""
     promote: bool = True
     """Whether a hit here is copied into the first tier."""
     faults: FaultConfig = FaultConfig()
