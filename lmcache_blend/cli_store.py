@@ -70,7 +70,7 @@ def add_commands(commands: Any, write_json: Any) -> None:
     serve.set_defaults(command=_serve)
     serve.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; others need a certificate")
-    serve.add_argument("--port", type=int, default=8900, help="default 8900")
+    serve.add_argument("--port", type=int, default=8900, help="default 8900; 0 takes a free one")
     serve.add_argument("--certificate", type=Path, metavar="PEM", help="for https")
     serve.add_argument("--key", type=Path, metavar="PEM", help="of the certificate")
 
@@ -99,6 +99,8 @@ def _request(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if name in ("move", "compress") and bool(arguments.keys) == arguments.all:
         raise errors.ConfigError(f"{name} needs keys, or --all")
     keys = getattr(arguments, "keys", None) or None
+    if name == "move" and remote and arguments.codec:
+        raise errors.ConfigError("an engine's tiers have their own codecs: move without --codec, or `store compress`")
     if name in ("move", "compress") and tier is None:
         raise errors.ConfigError(f"{name} on an engine's API needs --tier")
     match name:
@@ -201,8 +203,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise errors.ConfigError(f"{arguments.target} is an API already; give a directory or the URL of a tier")
     token = _token()
     with _engine({TIER: (arguments.target, None)}) as engine:
-        print(f"http{'s' if arguments.certificate else ''}://{arguments.host}:{arguments.port}/v1", flush=True)
-        serve(engine, token, arguments.host, arguments.port, arguments.certificate, arguments.key)
+        where = (arguments.host, arguments.port, arguments.certificate, arguments.key)
+        serve(engine, token, *where, ready=lambda url: print(url, flush=True))
 
 
 def _is_api(target: str) -> bool:
