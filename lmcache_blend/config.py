@@ -32,6 +32,8 @@ class Config(pydantic.BaseModel):
             super().__init__(**data)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
+            if isinstance(own := first.get("ctx", {}).get("error"), ConfigError):
+                raise own from None  # from a check of ours, which says it all
             where = ".".join(str(part) for part in first["loc"])
             given = repr(first["input"])
             given = given if len(given) <= MOST_SHOWN else f"{given[:MOST_SHOWN]}..."
