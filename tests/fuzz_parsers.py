@@ -212,6 +212,8 @@ class Http:
         ("clear", {"tier": "cpu", "salt": "x", "force": False}),
     )
 
+    token = TOKEN
+
     def __init__(self) -> None:
         self.engine = KVEngine(tiers=[{"tier": "cpu", "capacity_bytes": 1 << 22}])
         self.engine.store(keys(2), [chunk(0), chunk(1)], wait=True)
@@ -228,10 +230,10 @@ class Http:
         assert status in (401, 404, 307, 405) or token == TOKEN
         return "served" if status == 200 else "refused"
 
-    async def ask(self, path: str, token: str, body: bytes) -> int:
+    async def ask(self, path: str, token: str, body: bytes, method: str = "POST") -> int:
         headers = [(b"authorization", b"Bearer " + token.encode("latin-1")), (b"host", b"h")]
         scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path,
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
             "raw_path": path.encode("latin-1"), "root_path": "", "query_string": b"", "scheme": "http",
             "headers": headers, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
         }  # fmt: skip
