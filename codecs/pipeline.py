@@ -17,7 +17,7 @@ from lmcache_blend.codecs.container import DTYPES, Container, Header, Shape, joi
 from lmcache_blend.codecs.profile import Profile
 from lmcache_blend.codecs.stages import NotCodable, Plane, Stage, stages
 from lmcache_blend.config import Config
-from lmcache_blend.errors import ConfigError, CorruptChunkError, LMCacheBlendError, UnknownNameError
+from lmcache_blend.errors import ConfigError, CorruptChunkError, ForeignChunkError, LMCacheBlendError, UnknownNameError
 from lmcache_blend.types import KVChunk
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -134,9 +134,9 @@ class PipelineCodec(Config):
             codec = _configured(type(self), json.dumps({**header.codec, **mine}))
             digest = codec.profile_digest
         except LMCacheBlendError as error:
-            raise CorruptChunkError(f"the chunk's codec config is malformed: {error}") from None
+            raise ForeignChunkError(f"the chunk's codec config is none of ours: {error}") from None
         if digest != header.profile:
-            raise CorruptChunkError(
+            raise ForeignChunkError(
                 f"the chunk was coded with profile {str(header.profile)[:12]}, this codec has {str(digest)[:12]}"
             )
         return codec

@@ -106,6 +106,6 @@ def _load(path: Path, modified: int, size: int) -> Profile:
         )
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
         raise ConfigError(f"{str(path)!r} is no readable profile: {error}") from None
-    if profile.digest != meta["digest"]:
+    if profile.digest != meta.get("digest"):
         raise ConfigError(f"profile {str(path)!r} does not match its digest: it is damaged; fit it again")
     return profile

@@ -21,6 +21,8 @@ from lmcache_blend.types import KVChunk
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 SAMPLE_TOKENS = 256
+MOST = 10**9
+"""Tokens of a context, and users."""
 UNITS = {
     "": 1,
     "K": 1000,
@@ -70,6 +72,11 @@ class CalcRequest(Config):
         for name, value in positive.items():
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} = {value}: it must be above 0")
+        for name, value in (("tokens", self.tokens), ("users", self.users)):
+            if value > MOST:
+                raise ConfigError(f"{name} = {value}: at most {MOST:,}")
+        if not all(self.tiers):
+            raise ConfigError("a tier has no name; write e.g. cpu=64GiB")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def add_commands(commands: Any, write_json: Any) -> None:
     calc.add_argument("--bandwidth", metavar="G[,G...]", help="Gbit/s of links or disks (default 1,5,20,100)")
     calc.add_argument("--tflops", type=float, default=400.0, metavar="F", help="sustained, of the device (default 400)")
     calc.add_argument("--prefill-tokens-per-s", type=float, metavar="R", help="measured, instead of --tflops")
-    calc.add_argument("--plot", type=Path, metavar="FILE", help="growth over context length and users, .png or .svg")
+    calc.add_argument("--plot", type=Path, metavar="FILE", help="growth over context and users: .png, .svg or .pdf")
     calc.add_argument(
         "--longest", type=int, default=131_072, metavar="N", help="end of the plot's axis (default 131072)"
     )
@@ -44,6 +44,8 @@ def _calc(arguments: argparse.Namespace, write_json: Any) -> None:
     if arguments.tier:
         pairs = [text.partition("=") for text in arguments.tier]
         given["tiers"] = {name: parse_size(room) for name, _, room in pairs}
+        if len(given["tiers"]) < len(pairs):
+            raise errors.ConfigError("a tier is given twice; give each a name of its own")
     if arguments.bandwidth:
         given["bandwidths_gbit_s"] = tuple(_number(text) for text in arguments.bandwidth.split(","))
     names = ("model", "tokens", "users", "codec", "bits_per_element", "dtype", "tflops", "prefill_tokens_per_s")

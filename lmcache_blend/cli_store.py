@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from lmcache_blend import errors
 
@@ -69,7 +70,7 @@ def add_commands(commands: Any, write_json: Any) -> None:
     serve.set_defaults(command=_serve)
     serve.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; others need a certificate")
-    serve.add_argument("--port", type=int, default=8900, help="default 8900")
+    serve.add_argument("--port", type=int, default=8900, help="default 8900; 0 takes a free one")
     serve.add_argument("--certificate", type=Path, metavar="PEM", help="for https")
     serve.add_argument("--key", type=Path, metavar="PEM", help="of the certificate")
 
@@ -80,9 +81,13 @@ def _run(name: str, arguments: argparse.Namespace, write_json: Any) -> None:
         write_json(answer, arguments.json)
     if arguments.json != "-":
         _print(name, answer)
-    corrupt = sum(row["corrupt"] for row in answer.values()) if name == "verify" else 0
-    if corrupt:
-        raise errors.TierError(f"{corrupt} chunks were damaged and are deleted")
+    if name == "verify":
+        corrupt, kept, unread = (sum(row[what] for row in answer.values()) for what in ("corrupt", "kept", "unread"))
+        wrong = [f"{_chunks(corrupt - kept)} damaged and deleted"] if corrupt > kept else []
+        wrong += [f"{_chunks(kept)} damaged and not deleted: pinned, or the store takes no changes"] if kept else []
+        wrong += [f"{_chunks(unread)} not read: no answer, or a codec or profile that is not at hand"] if unread else []
+        if wrong:
+            raise errors.TierError("; ".join(wrong))
 
 
 def _request(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -94,6 +99,8 @@ def _request(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if name in ("move", "compress") and bool(arguments.keys) == arguments.all:
         raise errors.ConfigError(f"{name} needs keys, or --all")
     keys = getattr(arguments, "keys", None) or None
+    if name == "move" and remote and arguments.codec:
+        raise errors.ConfigError("an engine's tiers have their own codecs: move without --codec, or `store compress`")
     if name in ("move", "compress") and tier is None:
         raise errors.ConfigError(f"{name} on an engine's API needs --tier")
     match name:
@@ -130,12 +137,16 @@ def _ask(name: str, arguments: argparse.Namespace, request: dict[str, Any]) -> A
     from lmcache_blend.engine.tiers.base import PinningTier
 
     second = {"target": (arguments.to, arguments.codec)} if name == "move" else {}
+    if name == "move" and _place(arguments.to) == _place(arguments.target):
+        raise errors.ConfigError(f"{arguments.to} is the store itself; `store compress` recodes chunks in their place")
     with _engine({TIER: (arguments.target, None), **second}) as engine:
         if name in ("pin", "unpin") and not isinstance(engine.top.tier, PinningTier):
             raise errors.ConfigError(
                 f"{arguments.target} keeps no pins: pin through the API of the engine that uses it"
             )
-        answer = Admin(engine, own_files=True).run(name, request)
+        admin = Admin(engine, own_files=True)
+        admin.answers(TIER)
+        answer = admin.run(name, request)
     if name == "usage" and answer[TIER] is None:
         raise errors.TierError(f"{arguments.target} does not answer")
     return answer
@@ -149,14 +160,40 @@ def _engine(targets: dict[str, tuple[str, str | None]]) -> Iterator[Any]:
     tiers = []
     for name, (target, codec) in targets.items():
         settings = {"name": name, "codec": codec, "promote": False, "write": "back", "faults": {"timeout_s": TIMEOUT_S}}
-        if "://" in target:
-            tiers.append({"tier": target, **settings})
-        elif Path(target).is_dir() or name != TIER:
-            tiers.append({"tier": "disk", "path": target, **settings})
-        else:
-            raise errors.ConfigError(f"{target!r} is no directory and no URL of a store")
-    with KVEngine(tiers=tiers) as engine:
+        folder = _folder(target)
+        if folder is not None and name == TIER:
+            _check_store(target, folder)
+        tiers.append({"tier": target, **settings} if "://" in target else {"tier": "disk", "path": target, **settings})
+    try:
+        engine = KVEngine(tiers=tiers)
+    except OSError as error:
+        raise errors.ConfigError(f"no store can be opened there: {error}") from None
+    with engine:
         yield engine
+
+
+def _folder(target: str) -> Path | None:
+    """The directory that a target names; None for a service."""
+    if target.startswith("file://"):
+        return Path(unquote(urlsplit(target).path))
+    return None if "://" in target else Path(target)
+
+
+def _place(target: str) -> str:
+    """The same for two names of one store, as far as names tell."""
+    folder = _folder(target)
+    return target.rstrip("/") if folder is None else os.path.realpath(folder)
+
+
+def _check_store(target: str, folder: Path) -> None:
+    """Raises ConfigError for what is no store, so that a wrong name neither seems an empty one nor becomes one."""
+    try:
+        if not folder.is_dir():
+            raise errors.ConfigError(f"{target!r} is no directory and no URL of a store")
+        if not (folder / "chunks").is_dir() and any(folder.iterdir()):
+            raise errors.ConfigError(f"{target!r} is no store: there are other files in it, and no folder 'chunks'")
+    except OSError as error:
+        raise errors.ConfigError(f"{target!r} cannot be read: {error.strerror}") from None
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -166,8 +203,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise errors.ConfigError(f"{arguments.target} is an API already; give a directory or the URL of a tier")
     token = _token()
     with _engine({TIER: (arguments.target, None)}) as engine:
-        print(f"http{'s' if arguments.certificate else ''}://{arguments.host}:{arguments.port}/v1", flush=True)
-        serve(engine, token, arguments.host, arguments.port, arguments.certificate, arguments.key)
+        where = (arguments.host, arguments.port, arguments.certificate, arguments.key)
+        serve(engine, token, *where, ready=lambda url: print(url, flush=True))
 
 
 def _is_api(target: str) -> bool:
@@ -208,7 +245,7 @@ def _tokens(file: str) -> Any:
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text()
         tokens = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise errors.DataError(f"{file} is no JSON list of token ids: {error}") from None
     if not isinstance(tokens, list):
         raise errors.DataError(f"{file} is no JSON list of token ids")
@@ -216,27 +253,35 @@ def _tokens(file: str) -> Any:
 
 
 def _print(name: str, answer: Any) -> None:
+    from lmcache_blend.eval.calc_render import size
+
     match name:
         case "ls":
+            tiers = {row["tier"]: [] for row in answer["chunks"]}
             for row in answer["chunks"]:
-                print(f"{row['key']}  {row['tier']:<8} {row['nbytes']:>12,} B{'  pinned' if row['pinned'] else ''}")
-            if not answer["complete"]:
-                print(f"... more than {len(answer['chunks']):,}; --limit N shows more")
+                tiers[row["tier"]].append(row)
+            for tier, rows in tiers.items():
+                if set(tiers) != {TIER}:
+                    print(f"{tier}:")
+                for row in rows:
+                    print(f"{row['key']} {size(row['nbytes']):>8}{' pinned' if row['pinned'] else ''}")
+            more = "" if answer["complete"] else " shown, there are more: --limit N"
+            print(f"{_chunks(len(answer['chunks']))}{more}")
         case "lookup":
             for key, tier in zip(answer["keys"], answer["tiers"], strict=True):
                 print(f"{key}  {tier or 'absent'}")
             tokens = "" if answer["prefix_tokens"] is None else f", {answer['prefix_tokens']:,} tokens"
-            print(f"prefix: {answer['prefix_chunks']:,} chunks{tokens}")
+            print(f"prefix: {_chunks(answer['prefix_chunks'])}{tokens}")
         case "usage":
             for tier, row in answer.items():
                 room = "" if row is None or row["capacity_bytes"] is None else f" of {row['capacity_bytes']:,}"
                 print(
                     f"{tier}: "
-                    + ("no answer" if row is None else f"{row['chunks']:,} chunks, {row['nbytes']:,}{room} B")
+                    + ("no answer" if row is None else f"{_chunks(row['chunks'])}, {row['nbytes']:,}{room} B")
                 )
         case "verify":
             for tier, row in answer.items():
-                print(f"{tier}: {row['checked']:,} chunks read, {row['corrupt']:,} damaged and deleted")
+                print(f"{tier}: {_chunks(row['checked'])} read, {row['corrupt']:,} damaged")
         case _:
             for word, value in answer.items():
                 if isinstance(value, list):
@@ -246,3 +291,7 @@ def _print(name: str, answer: Any) -> None:
                         else " ".join(value) or "none"
                     )
                 print(f"{word}: {value}")
+
+
+def _chunks(n: int) -> str:
+    return f"{n:,} chunk{'s' * (n != 1)}"

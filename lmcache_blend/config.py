@@ -1,6 +1,7 @@
 """Settings: frozen pydantic models that refuse a key they do not know and suggest the nearest one."""
 
 import os
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -10,6 +11,10 @@ import pydantic
 from lmcache_blend.errors import ConfigError, nearest
 
 ENV_PREFIX = "LMCACHE_BLEND_"
+MOST_SHOWN = 100
+"""Characters of a wrong value in an error message."""
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = MOST_SHOWN
 
 
 def cache_dir() -> Path:
@@ -28,10 +33,14 @@ class Config(pydantic.BaseModel):
             raise ConfigError(f"unknown setting {unknown[0]!r}: {nearest(unknown[0], type(self).model_fields)}")
         try:
             super().__init__(**data)
+        except RecursionError:
+            raise ConfigError(f"settings of {type(self).__name__} are nested too deeply") from None
         except pydantic.ValidationError as error:
             first = error.errors()[0]
+            if isinstance(own := first.get("ctx", {}).get("error"), ConfigError):
+                raise own from None  # from a check of ours, which says it all
             where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}") from None
+            raise ConfigError(f"{where} = {_SHOWN.repr(first['input'])}: {first['msg']}") from None
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated anew."""

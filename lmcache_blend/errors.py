@@ -6,12 +6,16 @@ Messages name the value, the limit and the remedy, in one line.
 import difflib
 from collections.abc import Iterable
 
+MOST_CHARACTERS = 1000
+"""Of a message: the value that it names may be anything that somebody sent."""
+
 
 class LMCacheBlendError(Exception):
     """Base of every error that this package raises on purpose."""
 
     def __str__(self) -> str:
-        return str(self.args[0]) if self.args else type(self).__name__
+        text = str(self.args[0]) if self.args else type(self).__name__
+        return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 class ConfigError(LMCacheBlendError, ValueError):
@@ -23,7 +27,7 @@ class UnknownNameError(LMCacheBlendError, KeyError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]):
         known = sorted(known)
-        super().__init__(f"unknown {kind} {name!r}: {nearest(name, known)}")
+        super().__init__(f"unknown {kind} {name!r:.100}: {nearest(name[:100], known)}")
         self.kind, self.name, self.known = kind, name, known
 
 
@@ -57,6 +61,10 @@ class ResultsError(LMCacheBlendError, OSError):
 
 class CorruptChunkError(LMCacheBlendError, ValueError):
     """Stored bytes do not decode to the chunk that they claim to be."""
+
+
+class ForeignChunkError(CorruptChunkError):
+    """A chunk is coded by a codec, or with a profile, that this process does not have; others may."""
 
 
 class ChunkLostError(LMCacheBlendError, OSError):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from lmcache_blend.errors import DuplicateNameError, UnknownNameError
+from lmcache_blend.errors import ConfigError, DuplicateNameError, UnknownNameError
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -27,6 +27,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, group: str):
         self.kind, self.group = kind, group
         self._items: dict[str, T] = {}
+        self._broken: dict[str, str] = {}
         self._loaded = False
 
     def register(self, name: str) -> Callable[[S], S]:
@@ -48,11 +49,16 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """The object of that name; raises UnknownNameError with the nearest known name."""
+        """The object of that name.
+
+        Raises UnknownNameError with the nearest known name; ConfigError where an entry point of it cannot be loaded.
+        """
         self._load()
         try:
             return self._items[name]
         except KeyError:
+            if name in self._broken:
+                raise ConfigError(f"{self.kind} {name!r}: {self._broken[name]}") from None
             raise UnknownNameError(self.kind, name, self._items) from None
 
     def names(self) -> list[str]:
@@ -72,7 +78,10 @@ class Registry(Generic[T]):
         self._loaded = True
         for point in entry_points(group=self.group):
             if point.name not in self._items:
-                self.register(point.name)(point.load())
+                try:
+                    self.register(point.name)(point.load())
+                except Exception as error:  # of whoever wrote it; the others are of use without
+                    self._broken[point.name] = f"{point.value} cannot be loaded: {type(error).__name__}: {error}"
 
 
 def _identity(item: object) -> str:

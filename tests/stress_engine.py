@@ -135,7 +135,7 @@ def run(path: Path, seconds: float, processes: int, threads: int) -> None:
     with KVEngine(tiers=[{"tier": "disk", "path": str(path)}]) as engine:
         found = list(engine.list())
         assert engine.usage()["disk"][:2] == (sum(i.nbytes for i in found), len(found))
-        assert engine.verify()["disk"] == (len(found), 0)
+        assert engine.verify()["disk"] == (len(found), 0, 0, 0)
         assert not list((path / "tmp").iterdir())
 
 

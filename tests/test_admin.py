@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -57,6 +58,10 @@ def fill(target: str) -> None:
 def ask(capsys, *arguments: str):
     assert cli.main(["store", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def verified(checked: int, corrupt: int = 0, kept: int = 0, unread: int = 0):
+    return {"store": {"checked": checked, "corrupt": corrupt, "kept": kept, "unread": unread}}
 
 
 # On a directory or a URL
@@ -125,7 +130,7 @@ def test_move_compress_and_verify(target, capsys, tmp_path):
     }
     assert ask(capsys, "move", target, "--all", "--to", other, "--keep")["moved"] == 4
     assert ask(capsys, "usage", target)["store"]["chunks"] == 4
-    assert ask(capsys, "verify", other) == {"store": {"checked": 5, "corrupt": 0}}
+    assert ask(capsys, "verify", other) == verified(5)
     with KVEngine(tiers=[{"tier": "disk", "path": other}]) as engine:
         found = engine.retrieve([*keys(3), *keys(2, "b")])
         assert all(equal(x, chunk(i)) for i, x in enumerate(found))
@@ -138,14 +143,21 @@ def test_verify_finds_and_deletes_a_damaged_chunk(tmp_path, capsys):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     assert cli.main(["store", "verify", str(tmp_path), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == {"store": {"checked": 5, "corrupt": 1}}
-    assert ask(capsys, "verify", str(tmp_path)) == {"store": {"checked": 4, "corrupt": 0}}
+    assert json.loads(capsys.readouterr().out) == verified(5, 1)
+    assert ask(capsys, "verify", str(tmp_path)) == verified(4)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["ls", "no/such/folder"], "is no directory"),
+        (["ls", "file:///no/such/folder"], "is no directory"),
+        (["ls", "of_others"], "is no store"),
+        (["ls", ".", "--salt", "\udcff"], "no Unicode text"),
+        (["lookup", ".", "--tokens", "deep.json"], "no JSON list"),
+        (["move", ".", "--all", "--to", "."], "is the store itself"),
+        (["move", ".", "--all", "--to", "/proc/nothing"], "no store can be opened"),
+        (["move", "http://127.0.0.1:9", "--all", "--tier", "cpu", "--to", "disk", "--codec", "int8"], "own codecs"),
         (["ls", "ftp://host/"], "unknown tier 'ftp'"),
         (["lookup", "."], "0 chunks"),
         (["pin", ".", "abc"], "keys"),
@@ -162,6 +174,11 @@ def test_verify_finds_and_deletes_a_damaged_chunk(tmp_path, capsys):
 def test_bad_arguments_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LMCACHE_BLEND_TOKEN", raising=False)
+    if arguments[0] not in ("lookup", "pin", "unpin") or "deep.json" in arguments:
+        fill(str(tmp_path))
+        (tmp_path / "of_others").mkdir()
+        (tmp_path / "of_others" / "thesis.txt").write_text("x")
+        (tmp_path / "deep.json").write_text("[" * 100_000)
     status = cli.main(["store", *arguments])
     if message == "0 chunks":
         assert status == 0
@@ -171,10 +188,45 @@ def test_bad_arguments_are_one_line(arguments, message, capsys, tmp_path, monkey
         assert message in one_line_error(capsys)
 
 
-def test_a_store_that_does_not_answer_is_not_reported_empty(capsys):
-    for command in ("ls", "usage", "verify", "clear"):
-        assert cli.main(["store", command, f"redis://127.0.0.1:{free_port()}"]) == 1
+def test_a_store_that_does_not_answer_is_not_reported_empty(capsys, tmp_path):
+    gone = f"redis://127.0.0.1:{free_port()}"
+    fill(str(tmp_path))
+    for arguments in (
+        *(([command, gone]) for command in ("ls", "usage", "verify", "clear")),
+        *([command, gone, key(0).hex()] for command in ("lookup", "pin", "unpin")),
+        ["move", str(tmp_path), "--all", "--to", gone],
+    ):
+        assert cli.main(["store", *arguments]) == 1
         assert "does not answer" in one_line_error(capsys)
+    assert ask(capsys, "usage", str(tmp_path))["store"]["chunks"] == 5
+
+
+def test_unpin_says_whose_pin_it_ended(target, capsys):
+    ask(capsys, "pin", target, key(0).hex())
+    assert ask(capsys, "unpin", target, key(0).hex(), key(1).hex()) == {"unpinned": [True, False]}
+
+
+def test_the_list_fits_into_80_columns(target, capsys):
+    ask(capsys, "pin", target, key(0).hex())
+    assert cli.main(["store", "ls", target]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[-1] == "5 chunks"
+    assert max(map(len, lines)) <= 80
+    assert [line[:64] for line in lines if line.endswith(" pinned")] == [key(0).hex()]
+
+
+def test_verify_says_what_it_could_not_delete(tmp_path, capsys):
+    fill(str(tmp_path))
+    path = tmp_path / "chunks" / key(0).hex()[:2] / key(0).hex()
+    path.write_bytes(path.read_bytes()[:-1])
+    ask(capsys, "pin", str(tmp_path), key(0).hex())
+    assert cli.main(["store", "verify", str(tmp_path)]) == 1
+    assert "1 chunk damaged and not deleted: pinned" in capsys.readouterr().err
+    ask(capsys, "unpin", str(tmp_path), key(0).hex())
+    assert cli.main(["store", "verify", str(tmp_path)]) == 1
+    assert "1 chunk damaged and deleted" in capsys.readouterr().err
+    assert cli.main(["store", "verify", str(tmp_path)]) == 0
 
 
 # Over HTTP
@@ -231,7 +283,7 @@ def test_operations_over_http(api):
     assert api.post("compress", tier="disk", codec="int8") == {"compressed": 3, "missed": []}
     assert api.post("move", keys=[key(1).hex()], source="cpu", target="disk") == {"moved": 1, "missed": []}
     assert len(api.post("ls", tier="cpu")["chunks"]) == 2
-    assert api.post("verify")["cpu"] == {"checked": 2, "corrupt": 0}
+    assert api.post("verify")["cpu"] == verified(2)["store"]
     api.post("clear")
     assert {row["key"] for row in api.post("ls")["chunks"]} == {key(0).hex()}
     assert api.post("unpin", keys=[key(0).hex()]) == {"unpinned": [True]}
@@ -320,6 +372,15 @@ def test_requests_over_the_limit_are_refused(api):
 
 
 def test_many_keys_at_once_are_refused(api):
+    many = {"tokens": [1] * 100_000, "fingerprint": "m", "chunk_tokens": 1}
+    status, data = api.call("POST", "/v1/lookup", many)
+    assert status == 400
+    assert b"100000 chunks are more than 65536" in data
+    status, data = api.call("POST", "/v1/lookup", {"keys": ["x" * 100] * 20_000})
+    assert status == 400
+    assert len(data) < 1500, "what was sent is not sent back"
+    status, _ = api.call("POST", "/v1/lookup", b'{"tokens": [1], "fingerprint": "\\ud800"}')
+    assert status == 400
     status, _ = api.call("POST", "/v1/lookup", {"tokens": [1] * (1 << 20), "fingerprint": "m", "chunk_tokens": 0})
     assert status == 400
     status, _ = api.call("POST", "/v1/lookup", {"keys": ["0" * 64] * 60_000})
@@ -420,6 +481,22 @@ def test_prometheus_metrics_are_served(api):
     assert b'lmcache_blend_misses_total{cause="absent",tier="cpu"}' in data
 
 
+def test_what_tiers_hold_is_a_gauge_that_is_renewed_by_asking(tmp_path):
+    import asyncio
+
+    from fuzz_parsers import Http
+
+    from lmcache_blend.metrics import value
+
+    with KVEngine(tiers=[{"tier": "disk", "path": str(tmp_path), "name": "gauged"}]) as engine:
+        engine.store(keys(2), [chunk(0), chunk(1)], wait=True)
+        server = Http()
+        server.app = make_app(engine, server.token)
+        assert asyncio.run(server.ask("/metrics", server.token, b"", "GET")) == 200
+        assert value("lmcache_blend_chunks", tier="gauged") == 2
+        assert value("lmcache_blend_used_bytes", tier="gauged") == engine.usage()["gauged"].nbytes
+
+
 # Starting it
 
 
@@ -435,6 +512,29 @@ def test_a_token_that_could_be_guessed_or_sent_wrong_is_refused(token):
 def test_other_interfaces_need_a_certificate(host):
     with KVEngine() as engine, pytest.raises(ConfigError, match="certificate"):
         serve(engine, TOKEN, host=host)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"port": 99_999}, "cannot listen on 127.0.0.1 port 99999"),
+        ({"port": -1}, "cannot listen"),
+        ({"port": None}, "in use"),
+        ({"certificate": "bad.pem"}, "certificate 'bad.pem' and key cannot be used"),
+        ({"certificate": "missing.pem"}, "missing.pem"),
+        ({"key": "bad.pem"}, "give both"),
+    ],
+)
+def test_what_cannot_be_served_is_one_clear_error(settings, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.pem").write_text("no certificate")
+    settings = {k: Path(v) if isinstance(v, str) else v for k, v in settings.items()}
+    with KVEngine() as engine, socket.create_server(("127.0.0.1", 0)) as taken:
+        if settings.get("port", 0) is None:
+            settings["port"] = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=message) as caught:
+            serve(engine, TOKEN, **{"port": 0, **settings})
+        assert "\n" not in str(caught.value)
 
 
 def test_serve_in_a_process_of_its_own(tmp_path):

@@ -179,6 +179,7 @@ def test_growth_plot_and_json(tmp_path, capsys):
     assert {"kv_bytes_per_token", "kv_bytes", "by_layer_kind", "codec_bytes"} <= set(result)
     assert result["total_kv_bytes"] == 3 * 1000 * 131_072
     assert plot.read_text().count("<path") > 10
+    assert "users at the same time" in plot.read_text().replace("<!-- ", "").replace(" -->", "")
     assert cli.main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["users"] == 3
 
@@ -195,6 +196,11 @@ def test_growth_plot_and_json(tmp_path, capsys):
         (["--tokens", "10", "--bandwidth", "fast"], "'fast' is no number"),
         (["--tokens", "10", "--bandwidth", "nan"], "above 0"),
         (["--tokens", "10", "--longest", "1"], "longest = 1"),
+        (["--tokens", "9" * 20], "at most 1,000,000,000"),
+        (["--tokens", "10", "--tier", "a=0.1"], "tier a = 0: it must be above 0"),
+        (["--tokens", "10", "--tier", "=1GiB"], "has no name"),
+        (["--tokens", "10", "--tier", "a=1GiB", "--tier", "a=2GiB"], "twice"),
+        (["--tokens", "10", "--plot", "growth.bmpx"], ".png, .svg or .pdf"),
     ],
 )
 def test_bad_arguments_are_one_line(tmp_path, capsys, arguments, message):
@@ -208,6 +214,18 @@ def test_a_broken_config_is_one_line(tmp_path, capsys, text):
     (tmp_path / "config.json").write_text(text)
     assert cli.main(["calc", "--model", str(tmp_path), "--tokens", "8"]) == 2
     one_line_error(capsys)
+
+
+@pytest.mark.parametrize("config", [GEMMA_3_4B, QWEN3_NEXT_80B, DEEPSEEK_V3, LLAMA_2_7B])
+def test_the_tables_fit_into_80_columns_uncut(tmp_path, capsys, monkeypatch, config):
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["calc", "--model", "config.json", "--tokens", "1000000", "--users", "1000", "--codec", "cachegen"]
+    assert cli.main([*arguments, "--bits-per-element", "2.5"]) == 0
+    text = capsys.readouterr().out
+    assert "\u2026" not in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_what_cannot_be_read_is_refused_instead_of_guessed():

@@ -366,7 +366,7 @@ def test_move_compress_decompress_verify(tmp_path):
         assert engine.decompress([key(0)], "disk") == [True]
         assert equal(engine.retrieve([key(0)])[0], wanted)
         assert engine.usage()["disk"].nbytes == before
-        assert engine.verify()["disk"] == (2, 0)
+        assert engine.verify()["disk"] == (2, 0, 0, 0)
         with pytest.raises(UnknownNameError):
             engine.compress([key(0)], "disk", "int9")
         with pytest.raises(ConfigError, match="no tier 'tape'"):

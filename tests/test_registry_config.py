@@ -79,6 +79,15 @@ def test_entry_points_of_installed_packages_are_found_at_the_first_look_up(colou
     assert colours.get("red") is dict, "a name that was registered in code wins over an entry point"
 
 
+def test_an_entry_point_that_cannot_be_loaded_harms_nobody_else(colours, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    points = {"blue": "broken_plugin:Blue", "grey": "no_such_module:Grey"}
+    install(tmp_path, "broken_plugin", "raise RuntimeError('no such GPU')", points)
+    assert colours.names() == ["green", "red"]
+    with pytest.raises(ConfigError, match="'blue': broken_plugin:Blue cannot be loaded: RuntimeError: no such GPU"):
+        colours.get("blue")
+
+
 OURS = {
     "policies": "lmcache_blend.blend.policies",
     "codecs": "lmcache_blend.codecs",

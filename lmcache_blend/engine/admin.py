@@ -130,6 +130,8 @@ class Admin:
         keyer = Keyer(request.fingerprint, request.salt, request.layout, request.chunk_tokens)
         if (request.tokens or request.segment_tokens) and not request.fingerprint:
             raise ConfigError("tokens need the model's fingerprint, of which their keys are made")
+        if (many := -(-len(request.tokens) // request.chunk_tokens)) > MAX_KEYS:
+            raise ConfigError(f"{many} chunks are more than {MAX_KEYS}; raise chunk_tokens, or ask for fewer tokens")
         keys, segments = _bytes(request.keys), _bytes(request.segments)
         keys += keyer.prefix_keys(request.tokens) if request.tokens else []
         segments += [keyer.segment_key(tokens) for tokens in request.segment_tokens]
@@ -145,7 +147,7 @@ class Admin:
     def _ls(self, request: Listing) -> Any:
         from lmcache_blend.engine.keys import TENANT_BYTES, tenant
 
-        self._answers(request.tier)
+        self.answers(request.tier)
         who, out = None if request.salt is None else tenant(request.salt), []
         for item in self._engine.list(request.tier):
             if who is None or item.key[:TENANT_BYTES] == who:
@@ -163,7 +165,7 @@ class Admin:
 
     def _move(self, request: Move) -> Any:
         keys = self._keys(request.keys, request.source)
-        self._engine.level(request.target)
+        self.answers(request.target)
         return _done("moved", keys, self._engine.move(keys, request.source, request.target, request.keep))
 
     def _compress(self, request: Compress) -> Any:
@@ -175,18 +177,18 @@ class Admin:
         return _done("compressed", keys, self._engine.compress(keys, request.tier, request.codec))
 
     def _verify(self, request: OfTier) -> Any:
-        self._answers(request.tier)
+        self.answers(request.tier)
         return {name: found._asdict() for name, found in self._engine.verify(request.tier).items()}
 
     def _clear(self, request: Clear) -> Any:
-        self._answers(request.tier)
+        self.answers(request.tier)
         return {"deleted": self._engine.clear(request.tier, request.salt, request.force)}
 
     def _keys(self, keys: tuple[str, ...] | None, tier: str) -> list[bytes]:
-        self._answers(tier)
+        self.answers(tier)
         return _bytes(keys) if keys is not None else [item.key for item in self._engine.list(tier)]
 
-    def _answers(self, tier: str | None) -> None:
+    def answers(self, tier: str | None = None) -> None:
         """Raises TierError where a tier does not answer: an empty list would say that it holds nothing."""
         for level in self._engine.levels if tier is None else [self._engine.level(tier)]:
             try:

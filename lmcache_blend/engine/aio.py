@@ -1,7 +1,7 @@
 """Every operation of the engine for asyncio: the same call on a thread, so that no event loop waits for a tier."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ OPERATIONS = (
 
 
 class Async:
-    """`await engine.aio.<operation>(...)`: arguments and result as those of engine.<operation>."""
+    """`await engine.aio.<operation>(...)`: arguments and result as those of engine.<operation>, of `list` a list."""
 
     def __init__(self, engine: Any, pool: Workers):
         self._engine, self._pool = engine, pool
@@ -26,6 +26,9 @@ class Async:
         return partial(self._call, name)
 
     async def _call(self, name: str, *arguments: Any, **settings: Any) -> Any:
-        call = partial(getattr(self._engine, name), *arguments, **settings)
+        def call() -> Any:
+            result = getattr(self._engine, name)(*arguments, **settings)
+            return list(result) if isinstance(result, Iterator) else result  # else the loop would do the work
+
         result = await asyncio.wrap_future(self._pool.submit(call))
         return await asyncio.wrap_future(result) if isinstance(result, Future) else result

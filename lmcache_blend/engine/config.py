@@ -1,6 +1,7 @@
 """Settings of the engine and of each of its tiers."""
 
-from typing import Any, Literal
+import reprlib
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -29,8 +30,8 @@ class TierConfig(Config):
     """Whether a new chunk is written here at once, or only when the tier above evicts it. The first tier gets all."""
     eviction: str = "lru"
     """Name of the eviction policy: lru, lfu, fifo, s3fifo, arc, cost."""
-    quotas: dict[str, int] = pydantic.Field(default_factory=dict)
-    """Bytes that the chunks of a salt may take here, at most."""
+    quotas: dict[str, Annotated[int, pydantic.Field(ge=0)]] = pydantic.Field(default_factory=dict)
+    """Bytes that the chunks of a salt may take here, at most; 0 keeps the tenant out."""
     promote: bool = True
     """Whether a hit here is copied into the first tier."""
     faults: FaultConfig = FaultConfig()
@@ -41,12 +42,26 @@ class TierConfig(Config):
         """From a name or URL, or from one flat dict {"tier": ..., settings and the tier's own options}."""
         if isinstance(tier, TierConfig):
             return tier
-        flat = {"tier": tier, **settings} if isinstance(tier, str) else {**tier, **settings}
+        flat: Any = {"tier": tier, **settings} if isinstance(tier, str) else tier
+        if not isinstance(flat, dict) or not all(isinstance(k, str) for k in flat):
+            raise ConfigError(f"a tier is a name, a URL or a mapping of settings, not {reprlib.repr(tier)}")
+        flat = {**flat, **settings}
+        if not isinstance(flat.get("options", {}), dict):
+            raise ConfigError(f"options = {reprlib.repr(flat['options'])}: they are a mapping")
         own = {k: v for k, v in flat.items() if k in cls.model_fields and k != "options"}
         options = {**flat.get("options", {}), **{k: v for k, v in flat.items() if k not in cls.model_fields}}
         if "tier" not in own:
-            raise ConfigError(f'tier settings {flat!r} have no "tier", e.g. {{"tier": "cpu", "capacity_bytes": 1}}')
+            raise ConfigError(
+                f'tier settings {reprlib.repr(flat)} have no "tier", e.g. {{"tier": "cpu", "capacity_bytes": 1}}'
+            )
         return cls(**own, options=options)
+
+    @classmethod
+    def read_all(cls, tiers: Any) -> "tuple[TierConfig, ...]":
+        """`read` of each of a list. Raises ConfigError."""
+        if not isinstance(tiers, list | tuple):
+            raise ConfigError(f"tiers = {reprlib.repr(tiers)}: give a list")
+        return tuple(cls.read(tier) for tier in tiers)
 
     @pydantic.field_validator("eviction")
     @classmethod
@@ -81,7 +96,7 @@ class EngineConfig(Config):
     @pydantic.field_validator("tiers", mode="before")
     @classmethod
     def _flat(cls, tiers: Any) -> Any:
-        return tuple(TierConfig.read(t) for t in tiers)
+        return TierConfig.read_all(tiers)
 
     @pydantic.field_validator("tiers")
     @classmethod

@@ -211,12 +211,13 @@ class KVEngine(Operations):
         return there
 
     def unpin(self, keys: Sequence[bytes]) -> list[bool]:
-        """End pins; whether each key had one."""
+        """End pins, in a shared tier those of all engines; whether each key had one."""
         check_keys(keys)
         out = [self.pins.drop(key) for key in keys]
         for level in self.levels:
-            level.unpin(keys)
-        self.events.publish("unpinned", "", keys)
+            for i, outcome in enumerate(level.unpin(keys)):
+                out[i] = out[i] or isinstance(outcome, int)
+        self.events.publish("unpinned", "", [key for key, held in zip(keys, out, strict=True) if held])
         return out
 
     # ------------------------------------------------------------------ as the Blender's store

@@ -51,7 +51,10 @@ class EventLog:
         return self._last
 
     def publish(self, action: Action, tier: str, keys: Iterable[bytes] = ()) -> None:
+        """Nothing, where no key changed: without keys an event means all of a tier."""
         names = tuple(key.hex() for key in keys)
+        if not names and action != "cleared":
+            return
         with self._changed:
             self._last += 1
             self._events.append(KVEvent(self._last, action, tier, names, time.time()))

@@ -13,7 +13,10 @@ import hmac
 import ipaddress
 import json
 import logging
-from collections.abc import AsyncIterator
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +32,8 @@ MAX_BODY_BYTES = 4 << 20
 MAX_FOLLOWERS = 16
 MIN_TOKEN = 16
 KEEP_ALIVE_S = 15.0
+USAGE_S = 10.0
+"""The gauges of what tiers hold are renewed so often at most: without a capacity a remote store is listed for it."""
 
 log = logging.getLogger("lmcache_blend.http")
 
@@ -46,6 +51,7 @@ def make_app(engine: "KVEngine", token: str) -> Any:
     if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(f"the token has to be {MIN_TOKEN} printable ASCII characters at least, without spaces")
     admin, wanted, followers = Admin(engine), f"Bearer {token}".encode(), [0]
+    measured = [-USAGE_S]
 
     def refused(request: Request) -> Response | None:
         given = request.headers.get("authorization", "").encode("latin-1")
@@ -115,7 +121,13 @@ def make_app(engine: "KVEngine", token: str) -> Any:
             followers[0] -= 1
 
     async def metrics(request: Request) -> Response:
-        return refused(request) or Response(exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        if (response := refused(request)) is not None:
+            return response
+        # What a tier holds is counted when somebody asks for it.
+        if time.monotonic() - measured[0] > USAGE_S:
+            measured[0] = time.monotonic()
+            await run_in_threadpool(engine.usage)
+        return Response(exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health(request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -143,14 +155,23 @@ def serve(
     port: int = 8900,
     certificate: Path | None = None,
     key: Path | None = None,
+    ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Answer until interrupted. Raises ConfigError, also for an address that others reach without a certificate."""
+    """Answer until interrupted. port: 0 takes a free one. ready: is told the API's URL as soon as it can be asked.
+
+    Raises ConfigError, also for an address that others reach without a certificate.
+    """
     app = make_app(engine, token)
     if certificate is None and not _is_loopback(host):
         raise ConfigError(f"host {host!r} is reachable from outside: give a certificate and key, or use 127.0.0.1")
-    for path in (certificate, key):
-        if path is not None and not path.is_file():
-            raise ConfigError(f"{str(path)!r} is no file")
+    if key is not None and certificate is None:
+        raise ConfigError("a key is of use with its certificate only: give both")
+    if certificate is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        except OSError as error:  # ssl.SSLError too
+            raise ConfigError(f"certificate {str(certificate)!r} and key cannot be used: {error}") from None
+    listening = _listen(host, port)
     import uvicorn
 
     # h11 bounds a request's head; httptools, which uvicorn takes where it is installed, does not.
@@ -160,7 +181,17 @@ def serve(
     server = uvicorn.Server(
         settings(ssl_certfile=certificate, ssl_keyfile=key, timeout_graceful_shutdown=2, server_header=False)
     )
-    server.run()
+    ready(f"http{'s' if certificate else ''}://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1")
+    with listening:
+        server.run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=128)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error}; choose another --host or --port") from None
 
 
 def _is_loopback(host: str) -> bool:

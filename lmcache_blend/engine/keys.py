@@ -19,18 +19,22 @@ TENANT_BYTES = 4
 
 
 def tenant(salt: str) -> bytes:
-    """The first bytes of every key of that salt."""
-    return hashlib.sha256(b"lmcache-blend tenant" + salt.encode()).digest()[:TENANT_BYTES]
+    """The first bytes of every key of that salt. Raises ConfigError where it is no Unicode text."""
+    return hashlib.sha256(b"lmcache-blend tenant" + _encoded("salt", salt)).digest()[:TENANT_BYTES]
 
 
 def chunk_key(fingerprint: str, salt: str, behind: bytes, tokens: Tensor) -> bytes:
-    """Key of a segment, wherever it stands: model, tenant, what chunks are encoded behind, and the token ids."""
-    return _key(salt, _seeded(fingerprint.encode(), salt.encode(), behind, tokens.cpu().numpy().tobytes()))
+    """Key of a segment, wherever it stands: model, tenant, what chunks are encoded behind, and the token ids.
+
+    Raises ConfigError for what are no token ids.
+    """
+    ids = _ids(tokens).astype("<i8").tobytes()
+    return _key(salt, _seeded(_encoded("fingerprint", fingerprint), _encoded("salt", salt), behind, ids))
 
 
 def context_digest(tokens: Tensor, regime: bytes) -> bytes:
     """Digest of the tokens before a chunk and of the rotary tables in force (dynamic scaling depends on the length)."""
-    return hashlib.sha256(regime + tokens.cpu().numpy().tobytes()).digest()
+    return hashlib.sha256(regime + _ids(tokens).astype("<i8").tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,19 @@ class Keyer:
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens = {self.chunk_tokens}: a chunk has at least 1 token")
+        for name in ("fingerprint", "salt", "layout"):
+            _encoded(name, getattr(self, name))
 
     def prefix_keys(self, tokens: Tensor | Sequence[int], partial: bool = True) -> list[bytes]:
         """One key per chunk_tokens tokens from the start, each over all tokens up to its chunk's end.
 
-        partial: whether a shorter last chunk has a key too.
+        partial: whether a shorter last chunk has a key too. Raises ConfigError for what are no token ids.
         """
-        ids = np.ascontiguousarray(torch.as_tensor(tokens, dtype=torch.long).cpu().numpy(), "<u4")
+        ids = _ids(tokens).astype("<u4")
         size, raw = self.chunk_tokens, ids.data.cast("B")
         end = len(ids) if partial else len(ids) - len(ids) % size
         parts = (b"prefix", self.layout.encode(), size.to_bytes(8, "little"))
-        running = _seeded(self.fingerprint.encode(), self.salt.encode(), *parts)
+        running = _seeded(*self._who(), *parts)
         out, who = [], tenant(self.salt)
         for at in range(0, 4 * end, 4 * size):
             running.update(raw[at : at + 4 * size])
@@ -72,10 +78,35 @@ class Keyer:
         return out
 
     def segment_key(self, tokens: Tensor | Sequence[int], behind: bytes = b"") -> bytes:
-        """Key of a segment, wherever it stands. behind: digest of what it was encoded behind, if anything."""
-        ids = torch.as_tensor(tokens, dtype=torch.long).cpu().numpy().astype("<u4")
-        parts = (b"segment", self.layout.encode(), behind, ids.tobytes())
-        return _key(self.salt, _seeded(self.fingerprint.encode(), self.salt.encode(), *parts))
+        """Key of a segment, wherever it stands. behind: digest of what it was encoded behind, if anything.
+
+        Raises ConfigError for what are no token ids.
+        """
+        parts = (b"segment", self.layout.encode(), behind, _ids(tokens).astype("<u4").tobytes())
+        return _key(self.salt, _seeded(*self._who(), *parts))
+
+    def _who(self) -> tuple[bytes, bytes]:
+        return _encoded("fingerprint", self.fingerprint), _encoded("salt", self.salt)
+
+
+def _ids(tokens: Tensor | Sequence[int]) -> np.ndarray:
+    """Token ids [T]. What is no id of 32 bits is refused: cut down to them, it would have another token's key."""
+    try:
+        ids = torch.as_tensor(tokens).cpu().numpy() if len(tokens) else np.empty(0, np.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"token ids {str(tokens)[:40]} are no integers: {str(error).splitlines()[0]}") from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ConfigError(f"token ids are {ids.dtype} {list(ids.shape)}; give integers in one dimension")
+    if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 32):
+        raise ConfigError(f"token ids reach from {ids.min()} to {ids.max()}; a key takes 0 to {(1 << 32) - 1}")
+    return ids
+
+
+def _encoded(name: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} = {text!r} is no Unicode text; write it in UTF-8") from None
 
 
 def _seeded(*parts: bytes) -> "hashlib._Hash":

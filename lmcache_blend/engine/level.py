@@ -16,6 +16,7 @@ from lmcache_blend.engine.eviction import policies
 from lmcache_blend.engine.faults import Each, Guard
 from lmcache_blend.engine.keys import TENANT_BYTES, tenant
 from lmcache_blend.engine.tiers.base import (
+    ABSENT,
     MemoryTier,
     Miss,
     Outcome,
@@ -26,7 +27,7 @@ from lmcache_blend.engine.tiers.base import (
     make_tier,
     size_of,
 )
-from lmcache_blend.errors import CorruptChunkError, LMCacheBlendError
+from lmcache_blend.errors import CorruptChunkError, ForeignChunkError, LMCacheBlendError
 from lmcache_blend.metrics import MissCause, TierMetrics
 
 Sink = Callable[[bytes], bool] | None
@@ -103,6 +104,8 @@ class Level:
         self._tenants: Counter[bytes] = Counter()
         self._leaving: set[bytes] = set()
         self._others_pins: dict[bytes, float] = {}
+        self._unusable: dict[bytes, Miss] = {}
+        """Values that are there, and cannot be decoded or deleted: not read again, and replaced by the next store."""
         self._lock = threading.Lock()
         self._adopted = -60.0
         if self.evicts:
@@ -119,6 +122,11 @@ class Level:
         out = self.guard.call("lookup", keys)
         if max((o for o in out if isinstance(o, int)), default=0) > values.MAX_VALUE:
             out = [Miss("too_large") if isinstance(o, int) and o > values.MAX_VALUE else o for o in out]
+        if self._unusable:
+            for key, o in zip(keys, out, strict=True):
+                if o == ABSENT:
+                    self._unusable.pop(key, None)
+            out = [o if isinstance(o, Miss) else self._unusable.get(k, o) for k, o in zip(keys, out, strict=True)]
         if self._leaving and not leaving:
             out = [Miss("absent") if key in self._leaving else o for key, o in zip(keys, out, strict=True)]
         return out
@@ -163,7 +171,7 @@ class Level:
         try:
             return get_codec({k: v for k, v in config.items() if k != "profile"})
         except LMCacheBlendError as error:
-            raise CorruptChunkError(f"the value's codec is none of ours: {error}") from None
+            raise ForeignChunkError(f"the value's codec is none of ours: {error}") from None
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """The chunks were used."""
@@ -181,9 +189,23 @@ class Level:
         """A chunk could not be served though it was found: count why, and delete what is damaged."""
         self.metrics.miss("evicted" if miss.cause == "absent" else self.cause(miss))
         if miss.cause == "corrupt":
-            self.delete([key])
+            (out,) = self.delete([key])
+            if isinstance(out, Miss) and out != ABSENT:
+                self._unusable[key] = miss
         elif miss.cause == "absent":
             self._forget(key)
+
+    def failed(self, key: bytes, error: Exception) -> Miss:
+        """A value was read and does not decode: count why. Only what is damaged is deleted."""
+        if isinstance(error, CorruptChunkError) and not isinstance(error, ForeignChunkError):
+            miss = Miss("corrupt", str(error))
+        else:
+            miss = Miss("error", f"{type(error).__name__}: {error}")
+            self.metrics.error(error)
+            if isinstance(error, ForeignChunkError):
+                self._unusable[key] = miss
+        self.missed(key, miss)
+        return miss
 
     # ------------------------------------------------------------------ writing
     def encode(self, key: bytes, chunk) -> Value:
@@ -213,14 +235,15 @@ class Level:
         self, keys: Sequence[bytes], stored: Sequence[Value], sizes: Sequence[int], costs: Sequence[float], sink: Sink
     ) -> list[Outcome]:
         out: list[Outcome] = [Miss("full")] * len(keys)
-        self.make_room(b"", sum(sizes), sink)
-        left = [i for i in range(len(keys)) if self.make_room(keys[i], sizes[i], sink)]
+        left = self._admitted(keys, sizes, sink)
+        self.make_room(b"", sum(sizes[i] for i in left), sink)
+        left = [i for i in left if self.make_room(keys[i], sizes[i], sink)]
         for _ in range(ROUNDS):
             done = self.guard.call("put", [keys[i] for i in left], [stored[i] for i in left], part=len(left))
             for i, o in zip(left, done, strict=True):
                 out[i] = o
                 if isinstance(o, int):
-                    self.added(keys[i], o, costs[i])
+                    self.added(keys[i], o, costs[i], sink)
             left = [i for i in left if isinstance(o := out[i], Miss) and o.cause == "full"]
             # Full in spite of the count: fragments, readers that hold freed slots, or another process's chunk.
             left = [i for i in left if self.evict(sizes[i], lambda key: True, sink)]
@@ -228,11 +251,15 @@ class Level:
                 break
         return out
 
-    def added(self, key: bytes, nbytes: int, cost: float) -> None:
+    def added(self, key: bytes, nbytes: int, cost: float, sink: Sink = None) -> None:
         """A chunk is in the tier now."""
+        who = key[:TENANT_BYTES]
         with self._lock:
             self._know(key, nbytes, cost)
+            self._unusable.pop(key, None)
         self.events.publish("stored", self.name, [key])
+        if who in self._quotas and (over := self._tenants[who] - self._quotas[who]) > 0:
+            self.evict(over, lambda k: k[:TENANT_BYTES] == who, sink)  # several were stored side by side
 
     def delete(self, keys: Sequence[bytes]) -> list[Outcome]:
         """Bytes freed by each key."""
@@ -249,6 +276,21 @@ class Level:
         return out
 
     # ------------------------------------------------------------------ room
+    def _admitted(self, keys: Sequence[bytes], sizes: Sequence[int], sink: Sink) -> list[int]:
+        """Which of a batch fit their tenants' quotas, of too many the last; the tenant's older chunks make room."""
+        out: list[int] = []
+        for who in {key[:TENANT_BYTES] for key in keys}:
+            mine, quota = [i for i, key in enumerate(keys) if key[:TENANT_BYTES] == who], self._quotas.get(who)
+            while quota is not None and mine:
+                total, held = sum(sizes[i] for i in mine), sum(self._sizes.get(keys[i], 0) for i in mine)
+                over = self._tenants[who] - held + total - quota
+                if over <= 0:
+                    break
+                if total > quota or not self.evict(over, lambda k, who=who: k[:TENANT_BYTES] == who, sink):
+                    del mine[0]
+            out += mine
+        return sorted(out)
+
     def make_room(self, key: bytes, nbytes: int, sink: Sink) -> bool:
         """Evict until a value of that size fits its tenant's quota and the tier; whether it does.
 
@@ -357,9 +399,9 @@ class Level:
             out = self.guard.call("lookup", keys)
         return [Miss("absent") if key in leaving else o for key, o in zip(keys, out, strict=True)]
 
-    def unpin(self, keys: Sequence[bytes]) -> None:
-        if isinstance(self.tier, PinningTier):
-            self.guard.call("unpin", keys)
+    def unpin(self, keys: Sequence[bytes]) -> list[Outcome]:
+        """Size of each chunk whose pin ended here, of tiers that keep pins."""
+        return self.guard.call("unpin", keys) if isinstance(self.tier, PinningTier) else [ABSENT] * len(keys)
 
     def close(self) -> None:
         self.guard.close()

@@ -10,12 +10,9 @@ from lmcache_blend.engine.events import EventLog
 from lmcache_blend.engine.keys import TENANT_BYTES, tenant
 from lmcache_blend.engine.level import Level, Pins
 from lmcache_blend.engine.reading import read
-from lmcache_blend.engine.tiers.base import Entry, Miss, PinningTier, Usage, check_keys
+from lmcache_blend.engine.tiers.base import ABSENT, Entry, Miss, PinningTier, Usage, check_keys
 from lmcache_blend.engine.writing import Waiting, Writing
-from lmcache_blend.errors import ConfigError, CorruptChunkError
-
-BATCH = 16
-"""Chunks that are in memory at once while all of a tier are gone through."""
+from lmcache_blend.errors import ConfigError, LMCacheBlendError
 
 
 class Item(NamedTuple):
@@ -29,10 +26,16 @@ class Item(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """Chunks of a tier that were read and decoded, and how many of them were damaged (and are deleted now)."""
+    """Chunks of a tier that were read and decoded, and how many of them were damaged (and are deleted now).
+
+    kept: of the damaged ones, those that could not be deleted, since they are pinned or the tier takes no changes; they
+    are not served. unread: chunks that the tier did not bring, or whose codec or profile is not at hand.
+    """
 
     checked: int
     corrupt: int
+    kept: int = 0
+    unread: int = 0
 
 
 class Operations:
@@ -56,19 +59,26 @@ class Operations:
         keep: copy. Pinned chunks are copied, and stay.
         """
         check_keys(keys)
-        out, origin = [], self.level(source)
-        i = self.levels.index(self.level(target))
+        out, origin, goal = [], self.level(source), self.level(target)
+        i = self.levels.index(goal)
         for key in keys:
             ((chunk, _),) = read(origin, [key])
-            done = chunk is not None and self.writing.write(i, [Waiting(key, chunk, float(len(chunk)))])[0]
-            if done and not keep and not self.pins.holds(key) and origin is not self.levels[i]:
+            item = [] if chunk is None else [Waiting(key, chunk, float(len(chunk)))]
+            done = bool(item) and self.writing.write(i, item)[0]
+            if done and not keep and not self.pins.holds(key) and origin is not goal:
                 origin.delete([key])
+                # Both may be the same store, by two names: then it has just lost the chunk.
+                if isinstance(goal.lookup([key])[0], Miss):
+                    done = self.writing.write(i, item)[0]
             out.append(done)
         self.events.publish("moved", target, [key for key, done in zip(keys, out, strict=True) if done])
         return out
 
     def compress(self, keys: Sequence[bytes], tier: str, codec: str | dict[str, Any]) -> list[bool]:
-        """Recode chunks of a tier in their place; whether each is in that codec now. Raises for an unknown codec."""
+        """Recode chunks of a tier in their place; whether each is in that codec now.
+
+        Raises ConfigError for an unknown codec, and for one that takes none of the chunks (a profile of another model).
+        """
         return self._recode(keys, self.level(tier), get_codec(codec))
 
     def decompress(self, keys: Sequence[bytes], tier: str) -> list[bool]:
@@ -77,13 +87,19 @@ class Operations:
 
     def _recode(self, keys: Sequence[bytes], level: Level, codec: Codec | None) -> list[bool]:
         check_keys(keys)
-        out = []
+        out, refused = [], None
         for key in keys:
             ((chunk, _),) = read(level, [key])
             done = None
             if chunk is not None:
-                (done,) = level.put([key], [values.encode(key, chunk, codec)], [float(len(chunk))], None)
+                try:
+                    value = values.encode(key, chunk, codec)
+                    (done,) = level.put([key], [value], [float(len(chunk))], None)
+                except LMCacheBlendError as error:
+                    refused = error
             out.append(isinstance(done, int))
+        if refused is not None and not any(out):
+            raise refused
         return out
 
     def clear(self, tier: str | None = None, salt: str | None = None, force: bool = False) -> int:
@@ -91,14 +107,15 @@ class Operations:
         self.writing.flush()
         who, deleted = None if salt is None else tenant(salt), 0
         for level in self._chosen(tier):
-            keys = [e.key for e in _entries(level) if who is None or e.key[:TENANT_BYTES] == who]
+            found = [e.key for e in _entries(level) if who is None or e.key[:TENANT_BYTES] == who]
             if force:
-                level.unpin(keys)
-                for key in keys:
+                level.unpin(found)
+                for key in found:
                     self.pins.drop(key)
-            keys = [key for key in keys if not self.pins.holds(key)]
-            deleted += sum(isinstance(o, int) for o in level.delete(keys))
-            if tier is not None or salt is None:
+            keys = [key for key in found if not self.pins.holds(key)]
+            out = level.delete(keys)
+            deleted += sum(isinstance(o, int) for o in out)
+            if who is None and keys == found and all(isinstance(o, int) or o.cause == "absent" for o in out):
                 self.events.publish("cleared", level.name)
         return deleted
 
@@ -106,22 +123,16 @@ class Operations:
         """Read and decode every chunk of a tier, or of all; damaged ones are deleted."""
         out = {}
         for level in self._chosen(tier):
-            keys, good, gone = [e.key for e in _entries(level)], 0, 0
-            for at in range(0, len(keys), BATCH):
-                part = keys[at : at + BATCH]
-                for key, size, buffer in _buffers(level, part):
-                    (outcome,) = level.get([key], [buffer], [0])
-                    try:
-                        if not isinstance(outcome, int):
-                            raise CorruptChunkError(outcome.cause)
-                        head = values.parse(buffer, key, size)
-                        head.chunk(buffer, level.coder(head))
-                        good += 1
-                    except CorruptChunkError as error:
-                        miss = outcome if isinstance(outcome, Miss) else Miss("corrupt", str(error))
-                        level.missed(key, miss)
-                        gone += miss.cause == "corrupt"
-            out[level.name] = Verified(good + gone, gone)
+            keys = [e.key for e in _entries(level)]
+            checked, corrupt, unread, kept = 0, [], 0, 0
+            for key in keys:
+                miss = _check(level, key)
+                checked += miss is None or miss.cause == "corrupt"
+                if miss is not None:
+                    corrupt += [key] if miss.cause == "corrupt" else []
+                    unread += miss.cause not in ("corrupt", "absent")
+            kept = sum(o != ABSENT for o in level.guard.call("lookup", corrupt))
+            out[level.name] = Verified(checked, len(corrupt), kept, unread)
         return out
 
     def usage(self) -> dict[str, Usage | None]:
@@ -156,7 +167,20 @@ def _entries(level: Level) -> list[Entry]:
     return out
 
 
-def _buffers(level: Level, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int, memoryview]]:
-    for key, size in zip(keys, level.lookup(keys), strict=True):
+def _check(level: Level, key: bytes) -> Miss | None:
+    """Why a chunk that is listed cannot be served; None for a good one."""
+    (size,) = level.lookup([key])
+    if isinstance(size, int):
+        buffer = memoryview(bytearray(size))
+        (size,) = level.get([key], [buffer], [0])
         if isinstance(size, int):
-            yield key, size, memoryview(bytearray(size))
+            try:
+                head = values.parse(buffer, key, size)
+                head.chunk(buffer, level.coder(head))
+            except Exception as error:  # of whatever codec
+                return level.failed(key, error)
+            return None
+    elif size.cause == "too_large":
+        size = Miss("corrupt", "larger than any value")
+    level.missed(key, size)
+    return size

@@ -54,6 +54,14 @@ class Arriving(Sequence[Pair]):
         return (self[i] for i in range(len(self)))
 
 
+class _Unread(Exception):
+    """A part of a value did not come."""
+
+    def __init__(self, miss: Miss):
+        super().__init__(miss.detail or miss.cause)
+        self.miss = miss
+
+
 class LayerReads:
     """Chunks of one tier on their way. seconds: the transfer so far; waited: by those who needed a layer."""
 
@@ -86,8 +94,10 @@ class LayerReads:
         for i, data, got, slot, outcome in zip(rows, buffers, first, slots, done, strict=True):
             try:
                 out[i] = self._open(keys[i], data, got, slot, outcome)
+            except _Unread as error:
+                level.missed(keys[i], error.miss)
             except CorruptChunkError as error:
-                level.missed(keys[i], outcome if isinstance(outcome, Miss) else Miss("corrupt", str(error)))
+                level.failed(keys[i], error)
         starts = sorted({start for chunk in self._chunks for start in _starts(chunk)})
         for layer in starts:
             self._engine.workers.submit(self._bring, layer, priority=layer)
@@ -95,7 +105,7 @@ class LayerReads:
 
     def _open(self, key: bytes, data: memoryview, got: memoryview, slot: np.ndarray | None, outcome: Outcome) -> Stored:
         if isinstance(outcome, Miss):
-            raise CorruptChunkError(outcome.cause)
+            raise _Unread(outcome)
         if (need := values.head_bytes(got)) > len(got):
             self._rest(key, data, len(got), need)
         head = values.parse(data[: max(need, len(got))], key, len(data))
@@ -110,7 +120,7 @@ class LayerReads:
             raise CorruptChunkError(f"{end} bytes of head in a value of {len(data)}")
         (outcome,) = self._level.get([key], [data[start:end]], [start])
         if isinstance(outcome, Miss):
-            raise CorruptChunkError(outcome.cause)
+            raise _Unread(outcome)
 
     def _bring(self, layer: int) -> None:
         """Read and decode the groups that begin at a layer."""
@@ -123,10 +133,14 @@ class LayerReads:
         for chunk, group in here:
             try:
                 if id(chunk) in failed:
-                    raise CorruptChunkError(failed[id(chunk)].cause)
+                    raise _Unread(failed[id(chunk)])
                 pairs = chunk.head.group(chunk.data, group, self._level.coder(chunk.head))
-            except Exception as error:
-                self._lose(chunk, failed.get(id(chunk)) or Miss("corrupt", str(error)))
+            except _Unread as error:
+                self._level.missed(chunk.key, error.miss)
+                self._lose(chunk, error.miss)
+                continue
+            except Exception as error:  # of whatever codec
+                self._lose(chunk, self._level.failed(chunk.key, error))
                 continue
             with self._news:
                 chunk.layers[layer : layer + len(pairs)] = pairs
@@ -136,7 +150,6 @@ class LayerReads:
                 self._complete(chunk)
 
     def _lose(self, chunk: Arriving, miss: Miss) -> None:
-        self._level.missed(chunk.key, miss)
         with self._news:
             chunk.lost = miss.detail or miss.cause
             self._news.notify_all()

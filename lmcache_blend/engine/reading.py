@@ -68,7 +68,7 @@ def read(
         try:
             head = incoming[j].whole()
         except CorruptChunkError as error:
-            level.missed(wanted[j], Miss("corrupt", str(error)))
+            level.failed(wanted[j], error)
             return
         if head.meta.codec is None:
             raw.append((j, head))  # making tensors now would keep the readers from the interpreter
@@ -78,8 +78,8 @@ def read(
     def serve(j: int, head: values.Head) -> None:
         try:
             chunk = head.chunk(buffers[j], level.coder(head))
-        except CorruptChunkError as error:
-            level.missed(wanted[j], Miss("corrupt", str(error)))
+        except Exception as error:  # of whatever codec
+            level.failed(wanted[j], error)
             return
         out[rows[j]] = chunk, len(buffers[j])
         hits.append(wanted[j])

@@ -176,13 +176,19 @@ class Writing:
         """Put chunks into level i, unless they are there; whether each is then."""
         level = self.levels[i]
         found = level.lookup([w.key for w in batch])
-        absent = [j for j, outcome in enumerate(found) if isinstance(outcome, Miss)]
+        absent, coded = [], []
+        for j, outcome in enumerate(found):
+            if isinstance(outcome, Miss):
+                try:
+                    coded.append(level.encode(*batch[j][:2]))
+                except Exception as error:  # of whatever codec
+                    level.metrics.error(error)
+                else:
+                    absent.append(j)
         new = [batch[j] for j in absent]
         if i + 1 < len(self.levels):
             level.dirty.update(w.key for w in new)
-        done = level.put(
-            [w.key for w in new], [level.encode(*w[:2]) for w in new], [w.cost for w in new], self._sink(i)
-        )
+        done = level.put([w.key for w in new], coded, [w.cost for w in new], self._sink(i))
         for j, outcome in zip(absent, done, strict=True):
             found[j] = outcome
         for w, outcome in zip(batch, found, strict=True):

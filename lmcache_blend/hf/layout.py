@@ -13,7 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lmcache_blend.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from lmcache_blend.config import MOST_SHOWN
+from lmcache_blend.errors import ConfigError, LMCacheBlendError, ModelNotFoundError, UnsupportedModelError
 from lmcache_blend.hf.resolve import resolve_model
 
 FULL = {"full_attention", "indexed_attention", "hybrid"}
@@ -60,6 +61,10 @@ class ModelKV:
     known: bool
 
 
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+MOST_LAYERS = 10_000
+
+
 def read_config(name: str) -> dict[str, Any]:
     """config.json of a folder, a file, a hub id in the local cache, or else on the hub. Raises ModelNotFoundError or
     ConfigError."""
@@ -93,8 +98,24 @@ def read_config(name: str) -> dict[str, Any]:
 def read_layout(raw: dict[str, Any]) -> ModelKV:
     """The layers that a config.json describes. Raises UnsupportedModelError, with the field that is missing or unknown,
     rather than guess."""
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for name in LAYERS:
+            if isinstance(part.get(name), int) and part[name] > MOST_LAYERS:
+                raise ConfigError(f"{name} = {part[name]:.3g} in the config; calc reads up to {MOST_LAYERS:,} layers")
+    try:
+        layout = _read(raw)
+        if not all(type(n) is int and n >= 0 for layer in layout.layers for n in layer.shape):
+            raise ConfigError("the config is malformed: heads and their sizes are not all numbers")
+        return layout
+    except LMCacheBlendError:
+        raise
+    except Exception as error:  # of whatever config class and whatever values
+        raise ConfigError(f"the config is malformed: {type(error).__name__}: {str(error)[:MOST_SHOWN]}") from None
+
+
+def _read(raw: dict[str, Any]) -> ModelKV:
     config, known = _config(raw)
-    model_type = str(raw.get("model_type", "unknown"))
+    model_type = str(raw.get("model_type", "unknown"))[:MOST_SHOWN]
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{model_type} is an encoder-decoder model; calc reads decoder-only models")
     kinds = _kinds(config, model_type)
@@ -163,7 +184,8 @@ def _config(raw: dict[str, Any]) -> tuple[Any, bool]:
             config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
             return config.get_text_config(decoder=True), True
         except Exception as error:
-            raise ConfigError(f"transformers refuses this {raw['model_type']} config: {error}") from None
+            text = " ".join(str(error).split())[:300]
+            raise ConfigError(f"transformers refuses this {raw['model_type']} config: {text}") from None
     text = next((raw[k] for k in ("text_config", "llm_config", "language_config") if isinstance(raw.get(k), dict)), raw)
     odd = [key for key in text if UNREADABLE.search(key)]
     if odd:
@@ -175,7 +197,7 @@ def _config(raw: dict[str, Any]) -> tuple[Any, bool]:
 
 
 def _kinds(config: Any, model_type: str) -> Sequence[str]:
-    layers = _number(config, model_type, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    layers = _number(config, model_type, *LAYERS)
     kinds = next(_values(config, "layer_types", "layers_block_type"), None)
     if kinds is None:
         sliding = next(_values(config, "sliding_window"), None) and getattr(config, "use_sliding_window", True)
@@ -265,5 +287,7 @@ def _values(config: Any, *names: str) -> Any:
 def _number(config: Any, model_type: str, *names: str) -> int:
     value = next(_values(config, *names), None)
     if type(value) is not int or value < 1:
-        raise UnsupportedModelError(f"the config of {model_type!r} has no usable {names[0]} ({value!r}); calc needs it")
+        raise UnsupportedModelError(
+            f"the config of {model_type!r} has no usable {names[0]} ({str(value)[:MOST_SHOWN]}); calc needs it"
+        )
     return value

@@ -82,7 +82,7 @@ class ServingConfig(Config):
     @pydantic.field_validator("tiers", mode="before")
     @classmethod
     def _flat(cls, tiers: Any) -> Any:
-        return tuple(TierConfig.read(t) for t in tiers)
+        return TierConfig.read_all(tiers)
 
     @pydantic.field_validator("blend", mode="before")
     @classmethod
@@ -129,9 +129,9 @@ def _keeps_bits(codec: Any) -> bool:
 def _file(path: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config file {path}: {str(error).splitlines()[0]}") from None
-    if data is not None and not isinstance(data, dict):
+    if data is not None and not (isinstance(data, dict) and all(isinstance(name, str) for name in data)):
         raise ConfigError(f"config file {path} is not a mapping of settings")
     return data or {}
 
@@ -150,6 +150,16 @@ def _in_blend(name: str, first: bool = False) -> Callable[[Any, dict[str, Any]],
             blend.setdefault(name, value[0] if first and isinstance(value, (list, tuple)) else value)
 
     return put
+
+
+def _gib(name: str, value: Any) -> int:
+    try:
+        size = float(value)
+    except (TypeError, ValueError):
+        size = 0.0
+    if not 0 < size < 1 << 30:
+        raise ConfigError(f"{name} = {value!r:.100}: give GiB above 0")
+    return int(size * GIB)
 
 
 TIER_NAMES = ("local_cpu", "max_local_cpu_size", "local_disk", "max_local_disk_size", "remote_url")
@@ -195,9 +205,9 @@ def _tiers(
     """Tiers of LMCache's settings; sizes are GiB."""
     out: list[dict[str, Any]] = []
     if local_cpu:
-        out.append({"tier": "cpu", "capacity_bytes": int(max_local_cpu_size * GIB)})
+        out.append({"tier": "cpu", "capacity_bytes": _gib("max_local_cpu_size", max_local_cpu_size)})
     if local_disk:
-        limit = {} if not max_local_disk_size else {"capacity_bytes": int(max_local_disk_size * GIB)}
+        limit = {} if not max_local_disk_size else {"capacity_bytes": _gib("max_local_disk_size", max_local_disk_size)}
         out.append({"tier": "disk", "path": str(local_disk).removeprefix("file://"), **limit})
     if remote_url:
         out.append({"tier": remote_url})

@@ -10,6 +10,7 @@ import os
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from lmcache_blend.engine.tiers.base import Entry
 
 STATE = struct.Struct("<8sIIQQ")
-MAGIC, VERSION = b"LMCBDIR\n", 1
+MAGIC = b"LMCBDIR\n"
 HEX = frozenset("0123456789abcdef")
 FOREVER = 1 << 33
 """A pin without an end, as a file's time: the year 2242."""
@@ -85,8 +86,8 @@ class Directory:
         """
         raw = os.pread(self._state, STATE.size, 0)
         if time.monotonic() < self._recount_at and len(raw) == STATE.size:
-            magic, version, dirty, nbytes, chunks = STATE.unpack(raw)
-            if (magic, version, dirty) == (MAGIC, VERSION, 0):
+            magic, _, dirty, nbytes, chunks = STATE.unpack(raw)
+            if magic == MAGIC and not dirty and raw == _state(Count(nbytes, chunks), dirty):
                 return Count(nbytes, chunks)
         return self.recount()
 
@@ -149,7 +150,12 @@ class Directory:
             self._lock = self._state = -1
 
     def _write(self, count: Count, dirty: int) -> None:
-        os.pwrite(self._state, STATE.pack(MAGIC, VERSION, dirty, *count), 0)
+        os.pwrite(self._state, _state(count, dirty), 0)
+
+
+def _state(count: Count, dirty: int) -> bytes:
+    """The shared state: magic, CRC-32 of what follows, dirty, bytes, chunks."""
+    return STATE.pack(MAGIC, zlib.crc32(struct.pack("<IQQ", dirty, *count)), dirty, *count)
 
 
 def is_name(name: str) -> bool:
