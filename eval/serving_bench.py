@@ -168,8 +168,9 @@ def read_samples(tokenizer: Any, data: Path) -> list[dict[str, Any]]:
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    rows = load_jsonl(data, limit=sys.maxsize, seed=0).samples
     head, out = ids("Answer the question from the documents.\n\n"), []
-    for row in load_jsonl(data, limit=sys.maxsize, seed=0).samples:
+    for row in rows:
         passages = [ids(f"Document: {c}\n\n") for c in row.contexts]
         out.append({"head": head, "passages": passages, "question": ids(f"Question: {row.question}\nAnswer:")})
     return out

@@ -17,7 +17,7 @@ def squared_deviation_f32(new, new_strides, old, old_strides, rows, heads, dim, 
             for i in range(dim):
                 distance += (a[i] - b[i]) * (a[i] - b[i])
                 energy += a[i] * a[i]
-            distances += distance
-            energies += energy
+            distances += distance  # pyright: ignore[reportOperatorIssue]
+            energies += energy  # pyright: ignore[reportOperatorIssue]
         out[0, t] = distances
         out[1, t] = energies
