@@ -126,7 +126,7 @@ class Directory:
         """Every value; files that are none of ours are left out."""
         for folder in _scan(self._chunks):
             for file in _scan(folder.path):
-                if is_name(file.name) and file.name.startswith(folder.name):
+                if is_name(file.name) and file.name.startswith(folder.name) and not file.is_dir(follow_symlinks=False):
                     with suppress(FileNotFoundError):
                         found = file.stat(follow_symlinks=False)
                         yield Entry(bytes.fromhex(file.name), found.st_size, found.st_mtime)
