@@ -75,7 +75,7 @@ class PagedLayer:
     def __init__(self, name: str, attention: Any, cache: Tensor, block: int, scratch: int):
         self.name, self.attention, self.cache, self.block = name, attention, cache, block
         self.heads, self.dim = attention.num_kv_heads, attention.head_size
-        # The CPU's cache update takes any strides of tokens and heads, not of dims; those of GPUs take heads side by side.
+        # The CPU's cache update takes any strides of tokens and heads, not of dims; GPUs' take rows of heads.
         self.strided = cache.device.type == "cpu"
         self.k, self.v = self._learn(scratch)
 
