@@ -75,15 +75,14 @@ class PagedLayer:
     def __init__(self, name: str, attention: Any, cache: Tensor, block: int, scratch: int):
         self.name, self.attention, self.cache, self.block = name, attention, cache, block
         self.heads, self.dim = attention.num_kv_heads, attention.head_size
-        # The CPU's cache update takes any strides of tokens and heads; those of GPUs take heads side by side.
+        # The CPU's cache update takes any strides of tokens and heads, not of dims; GPUs' take rows of heads.
         self.strided = cache.device.type == "cpu"
         self.k, self.v = self._learn(scratch)
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v [n, H, D] into slots [n] (block * B + offset)."""
         k, v = k.to(self.cache.dtype), v.to(self.cache.dtype)
-        if not self.strided:
-            k, v = k.contiguous(), v.contiguous()
+        k, v = (x if self.strided and x.stride(2) == 1 else x.contiguous() for x in (k, v))
         self.attention.impl.do_kv_cache_update(self.attention, k, v, self.cache, slots)
 
     def read(self, blocks: Tensor, start: int, end: int) -> Views:
