@@ -161,9 +161,17 @@ def blend(model: str, samples: list[dict[str, Any]], compiled: bool) -> dict[str
     return {**out, "plain_ttft_ms": round(statistics.median(rows["plain"]), 1)}
 
 
-def read_samples(tokenizer: Any, data: Path) -> list[dict[str, Any]]:
-    """Token ids of each line: head, passages, question. Raises DataError."""
+def read_samples(model: str, data: Path) -> list[dict[str, Any]]:
+    """Token ids of each line: head, passages, question. Raises DataError, ModelNotFoundError."""
+    from transformers import AutoTokenizer
+
     from lmcache_blend.eval.tasks.jsonl import load_jsonl
+
+    rows = load_jsonl(data, limit=sys.maxsize, seed=0).samples
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"{model} holds no tokenizer that transformers reads: {error}") from None
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -178,8 +186,6 @@ def read_samples(tokenizer: Any, data: Path) -> list[dict[str, Any]]:
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
     """The report, written to args.output after every part."""
-    from transformers import AutoTokenizer
-
     from lmcache_blend.codecs import get_codec
     from lmcache_blend.eval.writer import write_atomic
     from lmcache_blend.hf import resolve_model
@@ -190,7 +196,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     if args.output != "-" and not Path(args.output).absolute().parent.is_dir():
         raise ConfigError(f"cannot write {args.output}: its folder does not exist")
     model = str(resolve_model(args.model))
-    samples = read_samples(AutoTokenizer.from_pretrained(model), Path(args.data))
+    samples = read_samples(model, Path(args.data))
     near = sorted(samples, key=lambda s: abs(sum(map(len, s["passages"])) - 1760))[: args.prompts]
     stream = [t for s in samples for p in s["passages"] for t in p]
     if len(stream) < args.prompts * OFFLOAD_TOKENS + WARM_UP:

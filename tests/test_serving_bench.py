@@ -1,5 +1,6 @@
 """serving_bench without vLLM: ratios, the table, bad input, and peers that do not run or do not end."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -31,7 +32,7 @@ def program(folder: Path, body: str) -> str:
 
 def test_ratios_are_medians_of_per_prompt_ratios():
     assert ratio([9.0, 1.0, 4.0], [1.0, 10.0, 100.0]) == 0.1  # the medians' own ratio is 4 / 10
-    with pytest.raises(ValueError, match="longer"):
+    with pytest.raises(ValueError, match="longer than"):
         ratio([1.0], [1.0, 2.0])
 
 
@@ -109,17 +110,11 @@ def test_the_server_is_dead_afterwards_with_all_that_it_started(tmp_path):
     )
     pids = tmp_path / "pids"
     body = f'trap "" TERM; {sys.executable} -c "{listen}" "$3" & echo $$ $! > {pids}; wait'
-    running: list[int] = []
-
-    def interrupted() -> None:
-        with serving_peer.server(program(tmp_path, body), 1, 256):
-            running.extend(int(pid) for pid in pids.read_text().split())
-            assert all(alive(pid) for pid in running)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert running
+    with contextlib.suppress(KeyboardInterrupt), serving_peer.server(program(tmp_path, body), 1, 256):
+        running = [int(pid) for pid in pids.read_text().split()]
+        assert len(running) == 2
+        assert all(alive(pid) for pid in running)
+        raise KeyboardInterrupt
     patience = time.monotonic() + 10
     while any(alive(pid) for pid in running) and time.monotonic() < patience:
         time.sleep(0.05)
@@ -167,9 +162,14 @@ def test_bad_input_is_one_line_and_status_2(flags, why):
     assert done.stdout == ""
 
 
-def test_data_that_does_not_exist_is_named(tmp_path, monkeypatch, capsys):
+def test_data_and_tokenizer_that_do_not_exist_are_named(tmp_path, capsys):
     pytest.importorskip("vllm")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda folder: None)
-    assert main(["--model", str(tmp_path), "--data", str(tmp_path / "none.jsonl")]) == 2
-    assert "none.jsonl: No such file" in capsys.readouterr().err
+    data = tmp_path / "data.jsonl"
+    for why in ("data.jsonl: No such file", "holds no tokenizer"):
+        assert main(["--model", str(tmp_path), "--data", str(data)]) == 2
+        said = capsys.readouterr().err
+        assert why in said
+        assert len(said.splitlines()) == 1
+        row = {"id": "1", "task": "qa", "question": "Who?", "contexts": ["Nobody."], "answers": ["x"]}
+        data.write_text(json.dumps(row))
