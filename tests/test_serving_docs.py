@@ -16,7 +16,7 @@ import pytest
 from servers import free_port
 
 if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed (make test installs it where it can)", allow_module_level=True)
+    pytest.skip("vLLM is not installed: make test says why", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text().partition("\n## Serve\n")[2].partition("\n## ")[0]

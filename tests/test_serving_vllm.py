@@ -17,7 +17,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed", allow_module_level=True)
+    pytest.skip("vLLM is not installed: make test says why", allow_module_level=True)
 if "lmcache_blend" not in {p.name for p in entry_points(group="vllm.general_plugins")}:
     pytest.skip("vLLM does not see the plugin: install this package beside it", allow_module_level=True)
 
