@@ -163,9 +163,7 @@ def test_the_codec_notebook_shows_small_chunks_and_the_ranking(codec_tour):
         assert best < 0.6 * min(rivals), "every rival of like quality takes far more bits"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test says why"
-)
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test says why")
 def test_serving_blends_what_it_stored():
     found = executed("serving.ipynb", SERVING_REPORT)
     assert all(found.answers)
