@@ -134,6 +134,6 @@ def add(symbols, order, bounds, offsets, steps, basis, out, first):
             for j in range(begin, end):
                 symbol = symbols[at + j - begin]
                 if symbol != 0:
-                    row, factor = out[first + order[j]], symbol * step
+                    row, factor = out[first + order[j]], np.float32(symbol) * step
                     for d in range(len(vector)):
                         row[d] += factor * vector[d]

@@ -39,7 +39,7 @@ from lmcache_blend.types import KVChunk, Pair
 FEATURE_SCALE = np.float32(1 / 16)
 """Token features are int8 in units of this."""
 ALARM_RATIO, ALARM_TOKENS = 1.3, 4096
-DENSE = -64
+DENSE = -96
 """Coefficients whose spread is this far from the step, in 1/64 octaves, are seldom 0 often enough to be left out of a
 matrix product."""
 RECENT = ((128, 1), (32, 1))
