@@ -11,7 +11,7 @@ from lmcache_blend.codecs.hadamard import Hadamard
 from lmcache_blend.codecs.kivi import Kivi
 from lmcache_blend.codecs.kvtc import Kvtc
 from lmcache_blend.codecs.lossless import Lossless
-from lmcache_blend.codecs.pipeline import Pipeline, PipelineCodec
+from lmcache_blend.codecs.pipeline import CodedChunk, Pipeline, PipelineCodec
 from lmcache_blend.codecs.profile import Profile
 from lmcache_blend.codecs.raw import Raw
 from lmcache_blend.codecs.scalar import Fp8, Int4, Int8
@@ -21,6 +21,7 @@ from lmcache_blend.codecs.zstd import Zstd
 __all__ = [
     "CacheGen",
     "Codec",
+    "CodedChunk",
     "FisherDiagonal",
     "FisherKLT",
     "Fp8",

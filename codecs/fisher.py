@@ -27,18 +27,21 @@ from lmcache_blend.codecs import adaptive, rans
 from lmcache_blend.codecs.base import codecs
 from lmcache_blend.codecs.container import Container, Shape, array, join, split
 from lmcache_blend.codecs.entropy import Rans, inflate
-from lmcache_blend.codecs.pipeline import PipelineCodec, codec_id
+from lmcache_blend.codecs.pipeline import CODED, CodedChunk, PipelineCodec, codec_id, layers_or_error, unstack
 from lmcache_blend.codecs.profile import Profile
 from lmcache_blend.codecs.quantise import Uniform
 from lmcache_blend.codecs.stages import EMPTY, NotCodable, Plane, Stage
 from lmcache_blend.codecs.tables import Tables
 from lmcache_blend.codecs.transforms import Mean, Sinks
 from lmcache_blend.errors import ConfigError, CorruptChunkError
-from lmcache_blend.types import KVChunk
+from lmcache_blend.types import KVChunk, Pair
 
 FEATURE_SCALE = np.float32(1 / 16)
 """Token features are int8 in units of this."""
 ALARM_RATIO, ALARM_TOKENS = 1.3, 4096
+DENSE = -96
+"""Coefficients whose spread is this far from the step, in 1/64 octaves, are seldom 0 often enough to be left out of a
+matrix product."""
 RECENT = ((128, 1), (32, 1))
 """Of the most recent tokens, this many go down by so many classes; a class is half an octave of the step."""
 
@@ -74,6 +77,47 @@ class Fitted:
         names = ("mean", "forward", "inverse", "levels", "predict", "score", "score_range")
         self.groups = [Group(*(_wide(t[f"{i}.{name}"]) for name in names)) for i in range(count)]
         self.tables = Tables(12, *(t[f"bank.{name}"] for name in ("width", "freq", "values", "reach", "cost")))
+        self._used: dict[tuple[int, int], tuple[np.ndarray, Any]] = {}
+        self.distinct = lru_cache(maxsize=16)(self._distinct)
+
+    def used(self, number: int, step: int) -> tuple[np.ndarray, Any]:
+        """Tables [R', CLASSES] of the coefficients of a group that some class codes at that step, and their index:
+        those of a basis stand in front, since their levels fall."""
+        if (number, step) not in self._used:
+            if len(self._used) > 64 * len(self.groups):  # a chunk of another's may name any step
+                self._used.clear()
+            group = self.groups[number]
+            ids = adaptive.table_ids(group.levels, step, len(self.tables))
+            live = (ids > 0).any(1)
+            used = np.flatnonzero(live) if group.forward.ndim == 1 else slice(0, int(live.sum()))
+            self._used[number, step] = np.ascontiguousarray(ids[used]), used
+        return self._used[number, step]
+
+    def _distinct(self, ids: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of token ids (int64): features [U, F] of those that differ, and the place [T] of each among them.
+
+        The same for every layer; and much of a text are repetitions, whose KV is foretold once.
+        """
+        distinct, places = np.unique(np.frombuffer(ids, np.int64), return_inverse=True)
+        return self.features_of(distinct).T.contiguous(), torch.from_numpy(places)
+
+    def features_of(self, ids: np.ndarray) -> torch.Tensor:
+        """[F, T] float32 features of token ids [T]; ids beyond the table have none."""
+        known = np.where((ids >= 0) & (ids < len(self.features)), ids, 0)
+        found = self.features[known].astype(np.float32) * FEATURE_SCALE
+        found[known != ids] = 0
+        return torch.from_numpy(np.ascontiguousarray(found.T))
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """What the stream of a plane says. skip: tokens before the first. used: the coefficients that have symbols."""
+
+    values: np.ndarray
+    where: adaptive.Layout
+    used: Any
+    step: int
+    skip: int
 
 
 class Coded(Stage):
@@ -87,17 +131,16 @@ class Coded(Stage):
     def encode(self, x: np.ndarray, plane: Plane) -> tuple[np.ndarray, bytes]:
         fitted: Fitted = plane.profile
         group = _group(plane)
-        features = self._features(plane, x.shape[1])
+        features = fitted.features_of(plane.token_ids[self.skip :][: x.shape[1]])
         centred = torch.from_numpy(x - group.mean[:, None])
         classes = self._classes(group, centred, features)
-        ids = adaptive.table_ids(group.levels, self.step, len(fitted.tables))
-        used = _used(ids, group)
+        ids, used = fitted.used(_number(plane), self.step)
         if group.forward.ndim == 1:
             y = centred.numpy()[used] * group.forward[used, None]
         else:
             rest = centred - torch.from_numpy(group.predict).T @ features
             y = (torch.from_numpy(group.forward[:, used]).T @ rest).numpy()
-        where = adaptive.layout(classes, ids[used])
+        where = adaptive.layout(classes, ids)
         symbols = np.zeros(int(rans.row_starts(where.lengths)[-1]), np.int16)
         steps = adaptive.class_steps(self.step)
         if not adaptive.gather(y, where.order, where.bounds, where.offsets, steps, symbols) < 32767:
@@ -106,37 +149,10 @@ class Coded(Stage):
         return EMPTY, join([np.int16(self.step).tobytes(), zlib.compress(classes.tobytes(), 9), stream])
 
     def decode(self, y: np.ndarray, side: memoryview, plane: Plane) -> np.ndarray:
-        fitted: Fitted = plane.profile
-        group, length = _group(plane), max(0, plane.tokens - self.skip)
-        head, packed, stream = split(side, 3)
-        step = int(array(head, "<i2", ()))
-        classes = array(inflate(packed, length), "u1", (length,))
-        if length and classes.max() >= adaptive.CLASSES:
-            raise CorruptChunkError(f"class {classes.max()} of {adaptive.CLASSES} does not exist")
-        ids = adaptive.table_ids(group.levels, step, len(fitted.tables))
-        used = _used(ids, group)
-        where = adaptive.layout(classes, ids[used])
-        symbols = rans.decode_rows(stream, where.lengths, where.tables, fitted.tables)
-        parts = np.empty((len(where.offsets), length), np.float32)
-        steps = adaptive.class_steps(step)
-        adaptive.scatter(symbols, where.order, where.bounds, where.offsets, steps, parts)
-        if group.inverse.ndim == 1:
-            out = np.repeat(group.mean[:, None], length, 1)
-            out[used] += parts * group.inverse[used, None]
-            return out
-        foretold = torch.addmm(
-            torch.from_numpy(group.mean), self._features(plane, length).T, torch.from_numpy(group.predict)
-        )
-        return foretold.addmm_(torch.from_numpy(parts).T, torch.from_numpy(group.inverse[: len(parts)])).numpy().T
-
-    def _features(self, plane: Plane, length: int) -> torch.Tensor:
-        """[F, T] float32 features of the tokens behind the first `skip`; ids beyond the table have none."""
-        table: np.ndarray = plane.profile.features
-        ids = plane.token_ids[self.skip :][:length]
-        known = np.where((ids >= 0) & (ids < len(table)), ids, 0)
-        found = table[known].astype(np.float32) * FEATURE_SCALE
-        found[known != ids] = 0
-        return torch.from_numpy(np.ascontiguousarray(found.T))
+        length = max(0, plane.tokens - self.skip)
+        out = np.empty((length, plane.channels), np.float32)
+        synthesise([(_symbols(side, plane, self.skip), plane)], out)
+        return out.T
 
     def _classes(self, group: Group, centred: torch.Tensor, features: torch.Tensor) -> np.ndarray:
         """[T] uint8: more important tokens get a lower class, a finer step."""
@@ -232,6 +248,29 @@ class FisherCodec(PipelineCodec):
             return (sinks, Mean(), Uniform(step=self.step or 0.35), Rans())
         return (sinks, Coded(skip=min(self.sinks, plane.tokens), step=self.base_step, recent=self.recent))
 
+    @staticmethod
+    def decode_together(chunks: Sequence[CodedChunk], group: int) -> list[list[Pair] | CorruptChunkError]:
+        out: list[list[Pair] | CorruptChunkError | None] = [None] * len(chunks)
+        fused: list[tuple[int, np.ndarray, Symbols, Plane]] = []
+        for i, chunk in enumerate(chunks):
+            try:
+                found = _coded(chunk, group)
+            except CorruptChunkError as error:
+                out[i] = error
+                continue
+            if found is not None and (not fused or _alike(found[2], fused[0][3])):
+                fused.append((i, *found))
+        if fused:
+            rows = np.empty((sum(plane.tokens for *_, plane in fused), fused[0][3].channels), np.float32)
+            synthesise([(symbols, plane) for *_, symbols, plane in fused], rows, sinks=True)
+            whole, at = torch.from_numpy(rows), 0
+            for i, sinks, _, plane in fused:
+                rows[at : at + sinks.shape[1]] = sinks.T
+                pairs = unstack(whole[at : at + plane.tokens], plane, chunks[i].header)
+                out[i] = [(pairs[n, 0], pairs[n, 1]) for n in range(plane.first, plane.first + len(plane.shapes))]
+                at += plane.tokens
+        return [layers_or_error(chunks[i], group) if pairs is None else pairs for i, pairs in enumerate(out)]
+
     @property
     def base_step(self) -> int:
         """The step in 1/64 octaves. Raises ConfigError where the budget was not reached at the fit."""
@@ -310,14 +349,84 @@ def _at(curve: list[Mapping[str, float]], step: float, name: str) -> float:
     return float(np.interp(np.log(step), [np.log(p["step"]) for p in points], [p[name] for p in points]))
 
 
-def _used(ids: np.ndarray, group: Group) -> Any:
-    """Index of the coefficients that some class codes; those of a basis stand in front, since their levels fall."""
-    live = (ids > 0).any(1)
-    return np.flatnonzero(live) if group.forward.ndim == 1 else slice(0, int(live.sum()))
+def synthesise(chunks: Sequence[tuple[Symbols, Plane]], out: np.ndarray, sinks: bool = False) -> None:
+    """The tokens of one group of layers, of several chunks one after another, into out [T, D] float32.
+
+    Coefficients that are mostly 0 are added one by one, the others by one product for all chunks. sinks: out has rows
+    for the tokens before each chunk's first symbol too, which are left to the caller.
+    """
+    plane = chunks[0][1]
+    group, fitted = _group(plane), plane.profile
+    steps = [adaptive.class_steps(s.step) for s, _ in chunks]
+    starts, ids, at = [], [], 0
+    for symbols, own in chunks:
+        lead = symbols.skip if sinks else 0
+        starts.append(at + lead)
+        at += lead + len(symbols.where.order)
+        ids.append(own.token_ids[symbols.skip - lead :])
+    if group.inverse.ndim == 1:
+        out[:] = group.mean
+        for (symbols, _), step, first in zip(chunks, steps, starts, strict=True):
+            where, used = symbols.where, symbols.used
+            parts = np.empty((len(where.offsets), len(where.order)), np.float32)
+            adaptive.scatter(symbols.values, where.order, where.bounds, where.offsets, step, parts, 0)
+            out[first : first + len(where.order), used] += (parts * group.inverse[used, None]).T
+        return
+    dense = [int((group.levels[: len(s.where.offsets)] - s.step >= DENSE).sum()) for s, _ in chunks]
+    parts = np.zeros((max(dense), len(out)), np.float32)
+    for (symbols, _), step, first, cut in zip(chunks, steps, starts, dense, strict=True):
+        where = symbols.where
+        adaptive.scatter(symbols.values, where.order, where.bounds, where.offsets[:cut], step, parts, first)
+    features, places = fitted.distinct(np.concatenate(ids).tobytes())
+    result, mean, predict, inverse = map(torch.from_numpy, (out, group.mean, group.predict, group.inverse))
+    torch.index_select(torch.addmm(mean, features, predict), 0, places, out=result)
+    result.addmm_(torch.from_numpy(parts).T, inverse[: len(parts)])
+    for (symbols, _), step, first, cut in zip(chunks, steps, starts, dense, strict=True):
+        where, rest = symbols.where, group.inverse[cut:]
+        adaptive.add(symbols.values, where.order, where.bounds, where.offsets[cut:], step, rest, out, first)
+
+
+def _symbols(side: memoryview, plane: Plane, skip: int) -> Symbols:
+    """Decode the symbols of a plane, whose first `skip` tokens have none. Raises CorruptChunkError."""
+    fitted: Fitted = plane.profile
+    length = max(0, plane.tokens - skip)
+    if plane.channels != len(_group(plane).mean):
+        raise CorruptChunkError(f"{plane.channels} channels in a group of {len(_group(plane).mean)}")
+    head, packed, stream = split(side, 3)
+    step = int(array(head, "<i2", ()))
+    classes = array(inflate(packed, length), "u1", (length,))
+    if length and classes.max() >= adaptive.CLASSES:
+        raise CorruptChunkError(f"class {classes.max()} of {adaptive.CLASSES} does not exist")
+    ids, used = fitted.used(_number(plane), step)
+    where = adaptive.layout(classes, ids)
+    return Symbols(rans.decode_rows(stream, where.lengths, where.tables, fitted.tables), where, used, step, skip)
+
+
+def _coded(chunk: CodedChunk, group: int) -> tuple[np.ndarray, Symbols, Plane] | None:
+    """Sinks [C, n] and symbols of a group; None where it is not coded with a profile. Raises CorruptChunkError."""
+    (plane, *others) = chunk.planes[group]
+    if others or plane.profile is None:
+        return None
+    (part,) = split(chunk.container.segment(1 + group), 1)
+    if bytes(part[:1]) != CODED or not plane.channels * plane.tokens:
+        return None
+    head, side = split(part[1:], 2)
+    assert isinstance(chunk.codec, FisherCodec)
+    skip = min(chunk.codec.sinks, plane.tokens)
+    return array(head, "<f2", (plane.channels, skip)), _symbols(side, plane, skip), plane
+
+
+def _alike(plane: Plane, other: Plane) -> bool:
+    """Whether two planes are of the same layers and the same profile."""
+    return plane.first == other.first and plane.shapes == other.shapes and plane.profile is other.profile
 
 
 def _group(plane: Plane) -> Group:
-    return plane.profile.groups[plane.first // plane.profile.size]
+    return plane.profile.groups[_number(plane)]
+
+
+def _number(plane: Plane) -> int:
+    return plane.first // plane.profile.size
 
 
 def _wide(x: np.ndarray) -> np.ndarray:

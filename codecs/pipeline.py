@@ -5,6 +5,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,7 +19,7 @@ from lmcache_blend.codecs.profile import Profile
 from lmcache_blend.codecs.stages import NotCodable, Plane, Stage, stages
 from lmcache_blend.config import Config
 from lmcache_blend.errors import ConfigError, CorruptChunkError, ForeignChunkError, LMCacheBlendError, UnknownNameError
-from lmcache_blend.types import KVChunk
+from lmcache_blend.types import KVChunk, Pair
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CODED, PLAIN = b"\0", b"\1"
@@ -89,36 +90,35 @@ class PipelineCodec(Config):
         return pack(header, chunk.tokens, _parallel(segment, planes))
 
     def decode(self, data: bytes) -> KVChunk:
+        coded = self.open(data)
+        groups = range(len(coded.header.groups))
+        layers = [pair for part in _parallel(coded.layers, list(groups)) for pair in part]
+        return KVChunk(coded.tokens, tuple(layers), coded.header.exact_after)
+
+    def decode_layers(self, data: bytes, group: int) -> list[Pair]:
+        """The layers of one segment alone: (k [H, T, Dk], v [H, T, Dv]) each. Raises CorruptChunkError."""
+        return self.open(data).layers(group)
+
+    def open(self, data: bytes | memoryview) -> "CodedChunk":
+        """A coded chunk with its head read, whose segments need no second look at it. Raises CorruptChunkError."""
         container = Container(data)
         tokens = container.tokens()
-        codec, header = self._of(container.header), container.header
-        ids = tokens.numpy()
-
-        def segment(item: tuple[int, list[Plane]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            return codec._decode_group(container.segment(1 + item[0]), item[1], header)
-
+        codec = self._of(container.header)
         try:
-            planes = codec._planes(header, ids)
-            layers = [pair for part in _parallel(segment, list(enumerate(planes))) for pair in part]
+            planes = codec._planes(container.header, tokens.numpy())
         except (ConfigError, UnknownNameError) as error:
-            raise CorruptChunkError(f"the chunk's header asks for what this codec is not: {error}") from None
-        return KVChunk(tokens, tuple(layers), header.exact_after)
+            raise _not_ours(error) from None
+        return CodedChunk(codec, container, tokens, planes)
 
-    def decode_layers(self, data: bytes, group: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The layers of one segment alone: (k [H, T, Dk], v [H, T, Dv]) each. Raises CorruptChunkError."""
-        container = Container(data)
-        codec, header = self._of(container.header), container.header
-        if not 0 <= group < len(header.groups):
-            raise ConfigError(f"group {group} of {len(header.groups)} does not exist")
-        try:
-            planes = codec._planes(header, container.tokens().numpy())[group]
-            return codec._decode_group(container.segment(1 + group), planes, header)
-        except (ConfigError, UnknownNameError) as error:
-            raise CorruptChunkError(f"the chunk's header asks for what this codec is not: {error}") from None
+    @staticmethod
+    def decode_together(chunks: "Sequence[CodedChunk]", group: int) -> "list[list[Pair] | CorruptChunkError]":
+        """The layers of one segment of each chunk, as `CodedChunk.layers` gives them, or why there are none.
 
-    def _decode_group(
-        self, segment: memoryview, planes: list[Plane], header: Header
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        The chunks were opened by codecs of this class. Subclasses share work among chunks here.
+        """
+        return [layers_or_error(chunk, group) for chunk in chunks]
+
+    def _decode_group(self, segment: memoryview, planes: list[Plane], header: Header) -> list[Pair]:
         found: dict[tuple[int, int], torch.Tensor] = {}
         for part, plane in zip(split(segment, len(planes)), planes, strict=True):
             self._decode_plane(part, plane, header, found)
@@ -191,12 +191,42 @@ class PipelineCodec(Config):
             x = stage.decode(x, side, plane)
         if x.shape != (plane.channels, plane.tokens):
             raise CorruptChunkError(f"a plane of {list(x.shape)} is not {plane.channels} x {plane.tokens}")
-        rows, at = torch.from_numpy(np.ascontiguousarray(x.T, np.float32)), 0
-        for i, slot in members(plane):
-            h, d = header.shapes[i][2 * slot : 2 * slot + 2]
-            part = rows[:, at : at + h * d].unflatten(1, (h, d)).transpose(0, 1)
-            found[i, slot] = part.to(DTYPES[header.dtypes[i][slot]])
-            at += h * d
+        found.update(unstack(torch.from_numpy(np.ascontiguousarray(x.T, np.float32)), plane, header))
+
+
+@dataclass(frozen=True)
+class CodedChunk:
+    """A coded chunk whose head was read. codec: with the chunk's own settings. planes: of every group of layers."""
+
+    codec: PipelineCodec
+    container: Container
+    tokens: torch.Tensor
+    planes: list[list[Plane]]
+
+    @property
+    def header(self) -> Header:
+        return self.container.header
+
+    def layers(self, group: int) -> list[Pair]:
+        """The layers of one group: (k [H, T, Dk], v [H, T, Dv]) each. Raises CorruptChunkError."""
+        if not 0 <= group < len(self.planes):
+            raise ConfigError(f"group {group} of {len(self.planes)} does not exist")
+        try:
+            return self.codec._decode_group(self.container.segment(1 + group), self.planes[group], self.header)
+        except (ConfigError, UnknownNameError) as error:
+            raise _not_ours(error) from None
+
+
+def layers_or_error(chunk: CodedChunk, group: int) -> list[Pair] | CorruptChunkError:
+    """`CodedChunk.layers`, or what it raised."""
+    try:
+        return chunk.layers(group)
+    except CorruptChunkError as error:
+        return error
+
+
+def _not_ours(error: Exception) -> CorruptChunkError:
+    return CorruptChunkError(f"the chunk's header asks for what this codec is not: {error}")
 
 
 @codecs.register("pipeline")
@@ -235,6 +265,17 @@ def stack(parts: Sequence[torch.Tensor]) -> np.ndarray:
     """[H, T, D] tensors -> one float32 matrix [C, T]."""
     flat = [p.detach().to("cpu", torch.float32).transpose(1, 2).flatten(0, 1) for p in parts]
     return (torch.cat(flat) if len(flat) > 1 else flat[0]).contiguous().numpy()
+
+
+def unstack(x: torch.Tensor, plane: Plane, header: Header) -> dict[tuple[int, int], torch.Tensor]:
+    """Rows of tokens [T, C] float32 -> [H, T, D] by (layer, slot): views of x where the chunk is float32."""
+    found, at = {}, 0
+    for i, slot in members(plane):
+        h, d = header.shapes[i][2 * slot : 2 * slot + 2]
+        part = x[:, at : at + h * d].unflatten(1, (h, d)).transpose(0, 1)
+        found[i, slot] = part.to(DTYPES[header.dtypes[i][slot]])
+        at += h * d
+    return found
 
 
 def _raw_bytes(x: torch.Tensor) -> bytes:

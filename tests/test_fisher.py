@@ -213,7 +213,7 @@ def test_layouts_of_levels_and_classes_cover_each_symbol_once():
 
     symbols, out = np.zeros(int(row_starts(where.lengths)[-1]), np.int16), np.full_like(y, np.nan)
     adaptive.gather(y, where.order, where.bounds, where.offsets, steps, symbols)
-    adaptive.scatter(symbols, where.order, where.bounds, where.offsets, steps, out)
+    adaptive.scatter(symbols, where.order, where.bounds, where.offsets, steps, out, 0)
     step = steps[classes][None]
     expected = np.where(ids[:, classes] > 0, np.rint(y / step) * step, 0)
     assert np.allclose(out, expected, atol=1e-4)

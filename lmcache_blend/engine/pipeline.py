@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmcache_blend.codecs import CodedChunk, PipelineCodec
 from lmcache_blend.engine import values
 from lmcache_blend.engine.level import Level
 from lmcache_blend.engine.reading import read
@@ -36,6 +37,8 @@ class Arriving(Sequence[Pair]):
         self.key, self.head, self.data, self.slot, self.shapes = key, head, data, slot, head.meta.shapes
         self.layers: list[Pair | None] = [None] * len(self.shapes)
         self.lost: str | None = None
+        self.coded: CodedChunk | None = None
+        """The container, once it was opened."""
         self._reads = reads
 
     def __len__(self) -> int:
@@ -124,23 +127,21 @@ class LayerReads:
 
     def _bring(self, layer: int) -> None:
         """Read and decode the groups that begin at a layer."""
+        torch.set_num_threads(1)  # of this worker: there are as many workers as cores, and a product takes one each
         here = [(c, _starts(c).index(layer)) for c in self._chunks if c.lost is None and layer in _starts(c)]
         far = [(c, g) for c, g in here if len(c.data) > WHOLE]
         spans = [c.head.span(g) for c, g in far]
         parts = [c.data[start:end] for (c, _), (start, end) in zip(far, spans, strict=True)]
         outcomes = self._level.get([c.key for c, _ in far], parts, [start for start, _ in spans])
         failed = {id(c): o for (c, _), o in zip(far, outcomes, strict=True) if isinstance(o, Miss)}
-        for chunk, group in here:
-            try:
-                if id(chunk) in failed:
-                    raise _Unread(failed[id(chunk)])
-                pairs = chunk.head.group(chunk.data, group, self._level.coder(chunk.head))
-            except _Unread as error:
-                self._level.missed(chunk.key, error.miss)
-                self._lose(chunk, error.miss)
-                continue
-            except Exception as error:  # of whatever codec
-                self._lose(chunk, self._level.failed(chunk.key, error))
+        good = [(c, g) for c, g in here if id(c) not in failed]
+        for chunk, _ in here:
+            if id(chunk) in failed:
+                self._level.missed(chunk.key, failed[id(chunk)])
+                self._lose(chunk, failed[id(chunk)])
+        for (chunk, _), pairs in zip(good, self._decode(good), strict=True):
+            if isinstance(pairs, Exception):  # of whatever codec
+                self._lose(chunk, self._level.failed(chunk.key, pairs))
                 continue
             with self._news:
                 chunk.layers[layer : layer + len(pairs)] = pairs
@@ -148,6 +149,32 @@ class LayerReads:
                 self._news.notify_all()
             if None not in chunk.layers:
                 self._complete(chunk)
+
+    def _decode(self, here: Sequence[tuple[Arriving, int]]) -> list[list[Pair] | Exception]:
+        """The layers of a group of each chunk, or why they cannot be had. Coded chunks share their decoder's work."""
+        out: list[list[Pair] | Exception] = []
+        together: dict[tuple[type[PipelineCodec], int], list[int]] = {}
+        for i, (chunk, group) in enumerate(here):
+            try:
+                codec = self._level.coder(chunk.head)
+                if isinstance(codec, PipelineCodec) and chunk.head.meta.codec is not None:
+                    chunk.head.check(chunk.data, 1 + group)
+                    if chunk.coded is None:
+                        chunk.coded = codec.open(chunk.head.container(chunk.data))
+                    together.setdefault((type(codec), group), []).append(i)
+                    out.append([])
+                else:
+                    out.append(chunk.head.group(chunk.data, group, codec))
+            except Exception as error:
+                out.append(error)
+        for (kind, group), rows in together.items():
+            try:
+                found = kind.decode_together([here[i][0].coded for i in rows], group)  # pyright: ignore
+            except Exception:  # whose fault it is comes out one by one
+                found = [_alone(here[i][0], group) for i in rows]
+            for i, pairs in zip(rows, found, strict=True):
+                out[i] = pairs if isinstance(pairs, Exception) else _fitting(here[i][0].head, pairs, group)
+        return out
 
     def _lose(self, chunk: Arriving, miss: Miss) -> None:
         with self._news:
@@ -171,6 +198,22 @@ class LayerReads:
         if pair is None:
             raise ChunkLostError(chunk.key, f"layer {layer} could not be loaded: {chunk.lost}")
         return pair
+
+
+def _alone(chunk: Arriving, group: int) -> list[Pair] | Exception:
+    assert chunk.coded is not None
+    try:
+        return chunk.coded.layers(group)
+    except Exception as error:
+        return error
+
+
+def _fitting(head: values.Head, pairs: list[Pair], group: int) -> list[Pair] | Exception:
+    try:
+        head.fits(pairs, sum(head.meta.groups[:group]))
+    except CorruptChunkError as error:
+        return error
+    return pairs
 
 
 def _starts(chunk: Arriving) -> list[int]:

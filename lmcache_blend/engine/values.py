@@ -106,13 +106,17 @@ class Head:
         if self.meta.codec is None:
             return [self._raw(self.check(data, 1 + group), group)]
         self.check(data, 1 + group)
-        container = data[self.table[-1][0] :]
+        container = self.container(data)
         if isinstance(codec, PipelineCodec):
             layers = codec.decode_layers(container, group)  # pyright: ignore[reportArgumentType]
         else:
             layers = list(self._coder(codec).decode(bytes(container)).layers)
-        self._fits(layers, sum(self.meta.groups[:group]))
+        self.fits(layers, sum(self.meta.groups[:group]))
         return layers
+
+    def container(self, data: memoryview) -> memoryview:
+        """A coded value's container."""
+        return data[self.table[-1][0] :]
 
     def chunk(self, data: memoryview, codec: Codec | None) -> KVChunk:
         """The whole chunk; raw K and V are views of `data`. Raises CorruptChunkError."""
@@ -123,7 +127,7 @@ class Head:
             for segment in range(1, len(self.table)):
                 self.check(data, segment)
             layers = list(self._coder(codec).decode(bytes(data[self.table[-1][0] :])).layers)
-            self._fits(layers, 0)
+            self.fits(layers, 0)
         return KVChunk(tokens, tuple(layers), self.meta.exact_after)
 
     def _all_raw(self, data: memoryview) -> list[Pair]:
@@ -152,7 +156,8 @@ class Head:
             raise CorruptChunkError(f"the value is coded with {self.meta.codec}, and no such codec is at hand")
         return codec
 
-    def _fits(self, layers: Sequence[Pair], first: int) -> None:
+    def fits(self, layers: Sequence[Pair], first: int) -> None:
+        """Raises CorruptChunkError unless layers, from `first` on, have the shapes that the head names."""
         for i, pair in enumerate(layers, first):
             (h, d, h2, d2), t = self.meta.shapes[i], self.meta.tokens
             if [tuple(x.shape) for x in pair] != [(h, t, d), (h2, t, d2)]:

@@ -4,21 +4,27 @@ The standard library's pool joins its threads at exit, and so would hang with th
 """
 
 import itertools
+import os
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 class Workers:
-    """At most `threads` threads, started when there is work; they end when this object is closed or gone."""
+    """At most `threads` threads, started when there is work; they end when this object is closed or gone.
 
-    def __init__(self, threads: int, name: str):
-        self._limit, self._name = threads, name
+    nice: they leave the cores to threads whose niceness is lower, and so do the threads that they start (Linux only).
+    """
+
+    def __init__(self, threads: int, name: str, nice: int = 0):
+        self._limit, self._name, self._nice = threads, name, nice
         self._queue: queue.PriorityQueue[tuple[float, int, Any]] = queue.PriorityQueue()
         self._number = itertools.count()
         self._lock = threading.Lock()
@@ -35,7 +41,7 @@ class Workers:
             if self._started < self._limit and self._queue.qsize() > 0:
                 self._started += 1
                 name = f"{self._name}-{self._started}"
-                threading.Thread(target=_run, args=(self._queue,), name=name, daemon=True).start()
+                threading.Thread(target=_run, args=(self._queue, self._nice), name=name, daemon=True).start()
         return future
 
     def waiting(self) -> int:
@@ -53,7 +59,10 @@ def _end(waiting: "queue.PriorityQueue[tuple[float, int, Any]]", threads: int) -
         waiting.put((float("inf"), i, None))
 
 
-def _run(waiting: "queue.PriorityQueue[tuple[float, int, Any]]") -> None:
+def _run(waiting: "queue.PriorityQueue[tuple[float, int, Any]]", nice: int) -> None:
+    if nice and sys.platform == "linux":
+        with suppress(OSError):  # a limit of the system's on niceness costs speed, nothing else
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
     while (item := waiting.get()[2]) is not None:
         future, call, arguments = item
         if not future.set_running_or_notify_cancel():

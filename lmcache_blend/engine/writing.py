@@ -36,6 +36,8 @@ class Waiting(NamedTuple):
 
 BATCH_BYTES = 16 << 20
 """Written by one task, about."""
+NICE = 10
+"""Of the threads that encode and write: a forward on the same cores goes first, and nobody waits for them."""
 
 
 class Writing:
@@ -45,7 +47,7 @@ class Writing:
         self.levels, self.top, self.config = levels, levels[0], config
         self.pending: dict[bytes, KVChunk] = {}
         # One more than write, so that a batch is ready when the one before it is written.
-        self._queues = [Workers(level.tier.threads + 1, f"kv-write-{level.name}") for level in levels]
+        self._queues = [Workers(level.tier.threads + 1, f"kv-write-{level.name}", nice=NICE) for level in levels]
         self._running: set[Future[None]] = set()
         self._arena: Arena | None = None
         self._relieving = threading.Lock()

@@ -7,24 +7,28 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lmcache_blend.blend import Blender, get_policy
+from lmcache_blend.codecs import PipelineCodec, get_codec
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import KVEngine
 from lmcache_blend.engine.keys import TENANT_BYTES
 from lmcache_blend.engine.pipeline import LayerWriter
-from lmcache_blend.errors import ChunkLostError
-from lmcache_blend.rotary import RotaryTable
+from lmcache_blend.errors import ChunkLostError, ConfigError
+from lmcache_blend.rotary import Angles, RotaryTable
 from lmcache_blend.serving.config import ServingConfig
 from lmcache_blend.serving.kv import PagedKV, PagedLayer
 from lmcache_blend.serving.messages import Load, Save
 from lmcache_blend.types import KVChunk, Prompt
 
 log = logging.getLogger(__name__)
+WARM_TOKENS = 40
+"""Coded when the worker starts: more than the sinks, and no whole number of vectors."""
 
 
 @dataclass
@@ -39,11 +43,16 @@ class Coming:
     parts: list[tuple[KVChunk, int]]
     good: int
     left: set[int]
+    rotary: RotaryTable | None
     spent_ms: float = 0.0
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         return torch.arange(self.load.start, self.good)
+
+    @cached_property
+    def angles(self) -> Angles | None:
+        return None if self.rotary is None else self.rotary.at(self.positions)
 
 
 class Leaving(NamedTuple):
@@ -87,6 +96,32 @@ class WorkerHalf:
         self._leaving: list[Leaving] = []
         self._later = ThreadPoolExecutor(1, "kv-arrive")
         self._lock = threading.Lock()
+        self._warm_up()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Code a few tokens both ways: compiling, and reading profiles, is part of starting, not of a request."""
+        shapes = [(x.heads, WARM_TOKENS, x.dim) for x in self.layers]
+        blocks = torch.zeros(WARM_TOKENS // self.layers[0].block + 1, dtype=torch.int64)
+        k, v = self.layers[0].read(blocks.to(self.layers[0].cache.device), 0, WARM_TOKENS)
+        if self.rotary is not None and k.is_cpu:
+            angles = self.rotary.at(torch.arange(WARM_TOKENS))
+            for x in (k, k.contiguous(), k.transpose(1, 2).contiguous().transpose(1, 2)):  # each layout is compiled
+                angles.unrotate(0, *angles.rotate(0, x, v))
+        for level in self.engine.levels:
+            if level.codec is None:
+                continue
+            codec = get_codec(level.codec.get_config())  # not the level's own, which watches its rate
+            layers = tuple((torch.zeros(s, dtype=k.dtype), torch.zeros(s, dtype=v.dtype)) for s in shapes)
+            try:
+                data = codec.encode(KVChunk(torch.arange(WARM_TOKENS), layers))
+                if isinstance(codec, PipelineCodec):
+                    coded = codec.open(memoryview(bytearray(data)))
+                    codec.decode_together([coded, coded], 0)
+                else:
+                    codec.decode(data)
+            except ConfigError as error:
+                log.warning("tier %s: chunks of this model cannot be coded: %s", level.name, error)
 
     # ------------------------------------------------------------------ loading
     def load(self, loads: Sequence[Load]) -> None:
@@ -167,16 +202,17 @@ class WorkerHalf:
             parts.append((found.chunk, start))
         self._note(load.request, "bytes", sum(s.nbytes for s in stored[: len(parts)] if s is not None))
         left = set(range(len(self.layers))) if good > load.start else set()
-        return Coming(load, kv, parts, good, left, (time.perf_counter() - began) * 1e3)
+        return Coming(load, kv, parts, good, left, self.rotary, (time.perf_counter() - began) * 1e3)
 
     def _place(self, coming: Coming, i: int) -> None:
         """Write one layer as soon as it has come. Raises ChunkLostError."""
         began = time.perf_counter()
         load, positions, first = coming.load, coming.positions, coming.load.keys[0][1]
-        k, v = (torch.cat([chunk.layers[i][slot] for chunk, _ in coming.parts], 1) for slot in (0, 1))
+        pairs = [chunk.layers[i] for chunk, _ in coming.parts]
+        k, v = (_joined([pair[slot] for pair in pairs]) for slot in (0, 1))
         k, v = k[:, load.start - first : coming.good - first], v[:, load.start - first : coming.good - first]
-        if self.rotary is not None:
-            k, v = self.rotary.at(positions).rotate(i, k, v)
+        if coming.angles is not None:
+            k, v = coming.angles.rotate(i, k, v)
         device = coming.kv.blocks.device
         coming.kv.write(i, positions, k[None].to(device), v[None].to(device))
         coming.left.discard(i)
@@ -383,6 +419,19 @@ class WorkerHalf:
             report[name] = round(report.get(name, 0) + by, 3)
             if name == "load_ms":
                 self.counts[name] = self.counts.get(name, 0) + by
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """[H, T, D] tensors one after another along T: without a copy where they lie so already, decoded together."""
+    first, at = parts[0], parts[0].data_ptr()
+    heads, _, dim = first.shape
+    for x in parts:
+        alike = x.stride() == first.stride() and (x.shape[0], x.shape[2], x.dtype) == (heads, dim, first.dtype)
+        same = x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (alike and same) or x.data_ptr() != at:
+            return torch.cat(list(parts), 1)
+        at += x.shape[1] * x.stride(1) * x.element_size()
+    return first.as_strided((heads, sum(x.shape[1] for x in parts), dim), first.stride())
 
 
 def _odd(error: Exception) -> bool:
