@@ -4,6 +4,7 @@ Engine and limit take turns, several rounds; the median of each counts. Every li
 the same size, with the threads that do it best.
 """
 
+import itertools
 import os
 import statistics
 import subprocess
@@ -26,6 +27,9 @@ from lmcache_blend.types import KVChunk
 CHUNK_TOKENS = 256
 PATIENT = {"timeout_s": 600.0}  # a busy machine is no fault
 THREADS = (1, 2)
+PIECES = (1 << 19, 1 << 30)
+"""Bytes that one write of the plain files takes at most: which is faster depends on the memory that the system finds
+for its cache; the fastest is the limit."""
 DEPTHS = (1, 4, 16)
 """Values in one pipeline of the bare Redis client; the fastest is the limit."""
 LOOKUP_CHUNKS, LOOKUP_TOKENS = 20_000, 256
@@ -125,14 +129,14 @@ def disk(folder: Path, keys, chunks, buffers, sources, rounds: int) -> list[dict
             engine.clear()
             return timed(lambda: engine.store(keys, chunks, wait=True))
 
-        def empty(threads: int) -> float:
+        def empty(threads: int, piece: int) -> float:
             for path in plain.iterdir():
                 path.unlink()
-            return timed(lambda: each(threads, lambda i: plain_write(plain / str(i), sources[i]), len(keys)))
+            return timed(lambda: each(threads, lambda i: plain_write(plain / str(i), sources[i], piece), len(keys)))
 
         timings: dict[str, Callable[[], float]] = {"write": write}
-        for n in THREADS:
-            timings[f"plain write {n}"] = lambda n=n: empty(n)
+        for n, piece in itertools.product(THREADS, PIECES):
+            timings[f"plain write {n} {piece}"] = lambda n=n, piece=piece: empty(n, piece)
         timings["read"] = lambda: timed(lambda: served(engine, keys, buffers))
         for n in THREADS:
             timings[f"plain read {n}"] = lambda n=n: timed(
@@ -141,7 +145,7 @@ def disk(folder: Path, keys, chunks, buffers, sources, rounds: int) -> list[dict
         found = turns(rounds, **timings)
     out = []
     for op in ("write", "read"):
-        limit = min(found[f"plain {op} {n}"] for n in THREADS)
+        limit = min(found[run] for run in timings if run.startswith(f"plain {op}"))
         out.append(row("disk", op, len(keys), total, found[op], limit, "plain files"))
     return out
 
@@ -253,12 +257,12 @@ def served(engine: KVEngine, keys: Sequence[bytes], buffers: Sequence[np.ndarray
             raise ChunkLostError(key, f"tier {engine.top.name} lost a chunk that it had stored; is it full?")
 
 
-def plain_write(path: Path, data: np.ndarray) -> None:
+def plain_write(path: Path, data: np.ndarray, piece: int) -> None:
     aside = f"{path}.new"
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     left = data.data
     while left:
-        left = left[os.write(fd, left) :]
+        left = left[os.write(fd, left[:piece]) :]
     os.close(fd)
     os.replace(aside, path)
 
