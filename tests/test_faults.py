@@ -54,6 +54,33 @@ def test_only_what_failed_is_tried_again():
     assert Flaky.asked == [3, 1]
 
 
+def test_no_more_gets_run_side_by_side_than_the_tier_takes():
+    class Counting(DictTier):
+        threads = 2
+        running: ClassVar = []
+        most: ClassVar = []
+
+        def get(self, keys, buffers, offsets=None):
+            self.running.append(1)
+            self.most.append(len(self.running))
+            time.sleep(0.01)
+            self.running.pop()
+            return super().get(keys, buffers, offsets)
+
+    guard = Guard(tier := Counting(), "t", FaultConfig(), TierMetrics("t"))
+    tier.put(keys(6), [[b"abc"]] * 6)
+    buffers = [memoryview(bytearray(3)) for _ in range(6)]
+    calling = [
+        threading.Thread(target=guard.call, args=("get", keys(6), buffers, [0] * 6), kwargs={"part": 1})
+        for _ in range(3)
+    ]
+    for thread in calling:
+        thread.start()
+    for thread in calling:
+        thread.join()
+    assert max(Counting.most) == 2
+
+
 def test_a_hanging_tier_blocks_nobody_longer_than_its_timeout():
     with engine(failures=2) as e:
         e.store(keys(3), [chunk(i) for i in range(3)], wait=True)

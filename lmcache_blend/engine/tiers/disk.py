@@ -134,9 +134,8 @@ class DiskTier:
                 done += n
                 if reached is not None:
                     until = reached(done)
-                    if pull is not None and done < buffer.nbytes:
-                        done, pull = pull(fd, done), None
-                        until = reached(done)
+                    if pull is not None and done < buffer.nbytes and (now := pull(fd, done)) > done:
+                        done, until = now, reached(now)
             if offset == 0:
                 # So that a restart knows what was used last; no reason to fail where it is not allowed.
                 with suppress(OSError):
