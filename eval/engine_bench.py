@@ -95,7 +95,7 @@ def make_chunks(count: int, shape: Shape) -> list[KVChunk]:
 
 
 def keys_of(chunks: Sequence[KVChunk]) -> list[bytes]:
-    """Hashed anew in every run that is timed: so does whoever asks with the tokens of a prompt, and LMCache's engine."""
+    """Hashed anew in every run that is timed: whoever asks has the tokens of a prompt, and LMCache hashes them too."""
     return Keyer("bench").prefix_keys(torch.arange(CHUNK_TOKENS * len(chunks)))
 
 
