@@ -172,10 +172,10 @@ class Writing:
         else:
             self.top.put([key], [self.top.encode(key, chunk)], [float(len(chunk))], None)
 
-    def write(self, i: int, batch: "Sequence[Waiting]", new: bool = False) -> list[bool]:
-        """Put chunks into level i, unless they are there; whether each is then. new: the caller has just looked."""
+    def write(self, i: int, batch: "Sequence[Waiting]", looked: bool = False) -> list[bool]:
+        """Put chunks into level i, unless they are there; whether each is then. looked: none was a moment ago."""
         level = self.levels[i]
-        found: list[Outcome] = [ABSENT] * len(batch) if new else level.lookup([w.key for w in batch])
+        found: list[Outcome] = [ABSENT] * len(batch) if looked else level.lookup([w.key for w in batch])
         absent, coded = [], []
         for j, outcome in enumerate(found):
             if isinstance(outcome, Miss):
