@@ -4,6 +4,7 @@ Engine and limit take turns, several rounds; the median of each counts. Every li
 the same size, with the threads that do it best.
 """
 
+import itertools
 import os
 import statistics
 import subprocess
@@ -26,6 +27,9 @@ from lmcache_blend.types import KVChunk
 CHUNK_TOKENS = 256
 PATIENT = {"timeout_s": 600.0}  # a busy machine is no fault
 THREADS = (1, 2)
+PIECES = (1 << 19, 1 << 30)
+"""Bytes that one write of the plain files takes at most: which is faster depends on the memory that the system finds
+for its cache; the fastest is the limit."""
 DEPTHS = (1, 4, 16)
 """Values in one pipeline of the bare Redis client; the fastest is the limit."""
 LOOKUP_CHUNKS, LOOKUP_TOKENS = 20_000, 256
@@ -61,15 +65,14 @@ def bench(
     if count < 1:
         raise ConfigError(f"{nbytes} bytes hold no chunk of {shape.chunk_bytes}; take more")
     chunks = make_chunks(count, shape)
-    keys = Keyer("bench").prefix_keys(torch.arange(CHUNK_TOKENS * count))
-    size = values.Blank.of(keys[0], chunks[0]).nbytes
-    buffers = [np.ones(size, np.uint8) for _ in keys]
-    sources = [np.ones(size, np.uint8) for _ in keys]
-    rows = cpu(keys, chunks, buffers, sources, rounds)
+    size = values.Blank.of(bytes(32), chunks[0]).nbytes
+    buffers = [np.ones(size, np.uint8) for _ in chunks]
+    sources = [np.ones(size, np.uint8) for _ in chunks]
+    rows = cpu(chunks, buffers, sources, rounds)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        rows += disk(Path(scratch), keys, chunks, buffers, sources, rounds)
+        rows += disk(Path(scratch), chunks, buffers, sources, rounds)
     for url in urls:
-        rows += remote(url, keys, chunks, buffers, rounds)
+        rows += remote(url, chunks, buffers, rounds)
     rows.append(lookup(rounds))
     return rows + ([] if peer is None else lmcache_rows(peer[0], peer[1], nbytes, shape, rows))
 
@@ -91,11 +94,16 @@ def make_chunks(count: int, shape: Shape) -> list[KVChunk]:
     return out
 
 
-def cpu(keys, chunks, buffers, sources, rounds: int) -> list[dict[str, Any]]:
+def keys_of(chunks: Sequence[KVChunk]) -> list[bytes]:
+    """Hashed anew in every run that is timed: whoever asks has the tokens of a prompt, and LMCache hashes them too."""
+    return Keyer("bench").prefix_keys(torch.arange(CHUNK_TOKENS * len(chunks)))
+
+
+def cpu(chunks, buffers, sources, rounds: int) -> list[dict[str, Any]]:
     """Against memcpy between buffers that were used before; so was the arena (a page's first use costs more)."""
     total = sum(b.nbytes for b in buffers)
-    with KVEngine(tiers=[{"tier": "cpu", "capacity_bytes": total + (len(keys) + 1) * 4096}]) as engine:
-        engine.store(keys, chunks)
+    with KVEngine(tiers=[{"tier": "cpu", "capacity_bytes": total + (len(chunks) + 1) * 4096}]) as engine:
+        engine.store(keys_of(chunks), chunks)
 
         def copy() -> None:
             for target, source in zip(buffers, sources, strict=True):
@@ -103,17 +111,20 @@ def cpu(keys, chunks, buffers, sources, rounds: int) -> list[dict[str, Any]]:
 
         def store() -> float:
             engine.clear()
-            return timed(lambda: engine.store(keys, chunks))
+            return timed(lambda: engine.store(keys_of(chunks), chunks))
 
         found = turns(
-            rounds, store=store, retrieve=lambda: timed(lambda: served(engine, keys, buffers)), copy=lambda: timed(copy)
+            rounds,
+            store=store,
+            retrieve=lambda: timed(lambda: served(engine, chunks, buffers)),
+            copy=lambda: timed(copy),
         )
-        views = statistics.median(timed(lambda: engine.retrieve(keys)) for _ in range(rounds))
-    rows = [row("cpu", op, len(keys), total, found[op], found["copy"], "memcpy") for op in ("store", "retrieve")]
-    return [*rows, row("cpu", "retrieve in place", len(keys), total, views, found["copy"], "memcpy")]
+        found["retrieve in place"] = [timed(lambda: engine.retrieve(keys_of(chunks))) for _ in range(rounds)]
+    operations = ("store", "retrieve", "retrieve in place")
+    return [row("cpu", op, len(chunks), total, found[op], found["copy"], "memcpy") for op in operations]
 
 
-def disk(folder: Path, keys, chunks, buffers, sources, rounds: int) -> list[dict[str, Any]]:
+def disk(folder: Path, chunks, buffers, sources, rounds: int) -> list[dict[str, Any]]:
     """Against plain files of the same sizes: written aside and renamed, read into buffers that are there."""
     total, plain = sum(b.nbytes for b in buffers), folder / "plain"
     plain.mkdir()
@@ -123,30 +134,30 @@ def disk(folder: Path, keys, chunks, buffers, sources, rounds: int) -> list[dict
 
         def write() -> float:
             engine.clear()
-            return timed(lambda: engine.store(keys, chunks, wait=True))
+            return timed(lambda: engine.store(keys_of(chunks), chunks, wait=True))
 
-        def empty(threads: int) -> float:
+        def empty(threads: int, piece: int) -> float:
             for path in plain.iterdir():
                 path.unlink()
-            return timed(lambda: each(threads, lambda i: plain_write(plain / str(i), sources[i]), len(keys)))
+            return timed(lambda: each(threads, lambda i: plain_write(plain / str(i), sources[i], piece), len(chunks)))
 
         timings: dict[str, Callable[[], float]] = {"write": write}
-        for n in THREADS:
-            timings[f"plain write {n}"] = lambda n=n: empty(n)
-        timings["read"] = lambda: timed(lambda: served(engine, keys, buffers))
+        for n, piece in itertools.product(THREADS, PIECES):
+            timings[f"plain write {n} {piece}"] = lambda n=n, piece=piece: empty(n, piece)
+        timings["read"] = lambda: timed(lambda: served(engine, chunks, buffers))
         for n in THREADS:
             timings[f"plain read {n}"] = lambda n=n: timed(
-                lambda: each(n, lambda i: plain_read(plain / str(i), buffers[i]), len(keys))
+                lambda: each(n, lambda i: plain_read(plain / str(i), buffers[i]), len(chunks))
             )
         found = turns(rounds, **timings)
     out = []
     for op in ("write", "read"):
-        limit = min(found[f"plain {op} {n}"] for n in THREADS)
-        out.append(row("disk", op, len(keys), total, found[op], limit, "plain files"))
+        limit = min((found[run] for run in timings if run.startswith(f"plain {op}")), key=statistics.median)
+        out.append(row("disk", op, len(chunks), total, found[op], limit, "plain files"))
     return out
 
 
-def remote(url: str, keys, chunks, buffers, rounds: int) -> list[dict[str, Any]]:
+def remote(url: str, chunks, buffers, rounds: int) -> list[dict[str, Any]]:
     """Against a bare pipelined client where one is known (Redis), with values of the same size."""
     total = sum(b.nbytes for b in buffers)
     with (
@@ -157,14 +168,15 @@ def remote(url: str, keys, chunks, buffers, rounds: int) -> list[dict[str, Any]]
 
         def write() -> float:
             engine.clear()
-            return timed(lambda: engine.store(keys, chunks, wait=True))
+            return timed(lambda: engine.store(keys_of(chunks), chunks, wait=True))
 
-        found = turns(rounds, write=write, read=lambda: timed(lambda: served(engine, keys, buffers)), **plain)
+        found = turns(rounds, write=write, read=lambda: timed(lambda: served(engine, chunks, buffers)), **plain)
         engine.clear()
     out = []
     for op in ("write", "read"):
-        limit = min((found[run] for run in plain if run.startswith(f"plain {op}")), default=None)
-        out.append(row(name, op, len(keys), total, found[op], limit, "bare pipelined client"))
+        runs = (found[run] for run in plain if run.startswith(f"plain {op}"))
+        limit = min(runs, key=statistics.median, default=None)
+        out.append(row(name, op, len(chunks), total, found[op], limit, "bare pipelined client"))
     return out
 
 
@@ -231,8 +243,15 @@ def lmcache_rows(python: str, tiers: Sequence[str], nbytes: int, shape: Shape, m
     return out
 
 
-def row(tier: str, op: str, chunks: int, nbytes: int, seconds: float, limit: float | None, name: str) -> dict[str, Any]:
-    """limit: seconds that the limit `name` takes for the same bytes."""
+def row(
+    tier: str, op: str, chunks: int, nbytes: int, spent: Sequence[float], limits: Sequence[float] | None, name: str
+) -> dict[str, Any]:
+    """spent: seconds of each round. limits: seconds that the limit `name` takes for the same bytes in each round.
+
+    The medians count; ratio_min and ratio_max are those of single rounds.
+    """
+    seconds, limit = statistics.median(spent), None if limits is None else statistics.median(limits)
+    each_round = [] if limits is None else [a / b for a, b in zip(limits, spent, strict=True)]
     return {
         "tier": tier,
         "operation": op,
@@ -242,23 +261,26 @@ def row(tier: str, op: str, chunks: int, nbytes: int, seconds: float, limit: flo
         "limit": name,
         "limit_bytes_per_s": None if limit is None else nbytes / limit,
         "ratio": None if limit is None else limit / seconds,
+        "ratio_min": min(each_round, default=None),
+        "ratio_max": max(each_round, default=None),
         "peer": None,
     }
 
 
-def served(engine: KVEngine, keys: Sequence[bytes], buffers: Sequence[np.ndarray]) -> None:
+def served(engine: KVEngine, chunks: Sequence[KVChunk], buffers: Sequence[np.ndarray]) -> None:
     """Everything read, checked, and there. Raises ChunkLostError."""
+    keys = keys_of(chunks)
     for key, chunk in zip(keys, engine.retrieve(keys, into=buffers), strict=True):
         if chunk is None:
             raise ChunkLostError(key, f"tier {engine.top.name} lost a chunk that it had stored; is it full?")
 
 
-def plain_write(path: Path, data: np.ndarray) -> None:
+def plain_write(path: Path, data: np.ndarray, piece: int) -> None:
     aside = f"{path}.new"
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     left = data.data
     while left:
-        left = left[os.write(fd, left) :]
+        left = left[os.write(fd, left[:piece]) :]
     os.close(fd)
     os.replace(aside, path)
 
@@ -286,12 +308,12 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def turns(rounds: int, **runs: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each, measured in turns after one uncounted round."""
+def turns(rounds: int, **runs: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of each, measured in turns after one uncounted round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():
             spent = run()
             if i:
                 seconds[name].append(spent)
-    return {name: statistics.median(x) for name, x in seconds.items()}
+    return seconds

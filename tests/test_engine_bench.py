@@ -27,6 +27,7 @@ def test_tiers_are_measured_against_limits_of_the_same_run(tmp_path, capsys):
     for row in rows.values():
         assert row["ratio"] == pytest.approx(row["bytes_per_s"] / row["limit_bytes_per_s"])
         assert row["chunks"] == 8
+        assert row["ratio_min"] == row["ratio_max"] == pytest.approx(row["ratio"])  # of one round
     assert "memcpy" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ from kv import chunk, equal, key, keys
 from third_party_tier import DictTier, Unruly
 
 from lmcache_blend import KVEngine
-from lmcache_blend.engine import faults
+from lmcache_blend.engine import checked_io, faults
 from lmcache_blend.engine.faults import FaultConfig, Guard
 from lmcache_blend.engine.tiers.base import ABSENT, Miss
 from lmcache_blend.metrics import TierMetrics, value
@@ -52,6 +52,33 @@ def test_only_what_failed_is_tried_again():
     guard = Guard(Flaky(), "t", FaultConfig(**FAST), TierMetrics("t"))
     assert guard.call("lookup", keys(3)) == [7, 7, 7]
     assert Flaky.asked == [3, 1]
+
+
+def test_no_more_gets_run_side_by_side_than_the_tier_takes():
+    class Counting(DictTier):
+        threads = 2
+        running: ClassVar = []
+        most: ClassVar = []
+
+        def get(self, keys, buffers, offsets=None):
+            self.running.append(1)
+            self.most.append(len(self.running))
+            time.sleep(0.01)
+            self.running.pop()
+            return super().get(keys, buffers, offsets)
+
+    guard = Guard(tier := Counting(), "t", FaultConfig(), TierMetrics("t"))
+    tier.put(keys(6), [[b"abc"]] * 6)
+    buffers = [memoryview(bytearray(3)) for _ in range(6)]
+    calling = [
+        threading.Thread(target=guard.call, args=("get", keys(6), buffers, [0] * 6), kwargs={"part": 1})
+        for _ in range(3)
+    ]
+    for thread in calling:
+        thread.start()
+    for thread in calling:
+        thread.join()
+    assert max(Counting.most) == 2
 
 
 def test_a_hanging_tier_blocks_nobody_longer_than_its_timeout():
@@ -201,6 +228,7 @@ def test_a_full_disk_is_a_refused_store(tmp_path, monkeypatch):
         return n
 
     monkeypatch.setattr(os, "pwritev", pwritev)
+    monkeypatch.setattr(checked_io, "write", lambda *_: None)  # as it answers where the disk is full
     with KVEngine(tiers=[{"tier": "disk", "path": str(tmp_path)}]) as e:
         e.store(keys(9), [chunk(i) for i in range(9)], wait=True)
         kept = [i for i, item in enumerate(e.retrieve(keys(9))) if item is not None]

@@ -36,6 +36,8 @@ class FaultConfig(Config):
 
 
 Each = Callable[[int, Outcome], None]
+POOLS = {"put": 0, "get": 1, "get_stepwise": 1}
+"""Which of the pools; all other operations have the last one, and one worker each."""
 
 
 class Guard:
@@ -62,7 +64,7 @@ class Guard:
         if self.is_open:
             return Miss("unavailable")
         try:
-            return self._pools[1].submit(getattr(self.tier, operation)).result(self.config.timeout_s)
+            return self._pools[2].submit(getattr(self.tier, operation)).result(self.config.timeout_s)
         except Exception as error:
             self.metrics.error(error)
             return Miss("timeout" if isinstance(error, TimeoutError) else "error", str(error))
@@ -117,8 +119,8 @@ class Guard:
     ) -> float:
         """Try the rows once, and put their outcomes into `out`; the deadline, moved by the time that `each` took."""
         call: Callable[..., list[Outcome]] = getattr(self.tier, operation)
-        parts = min(len(rows), self.tier.threads) if operation in ("get", "get_stepwise", "put") else 1
-        pool, size = self._pools[operation != "put"], part or -(-len(rows) // parts)
+        parts = min(len(rows), self.tier.threads) if operation in POOLS else 1
+        pool, size = self._pools[POOLS.get(operation, 2)], part or -(-len(rows) // parts)
         cuts = [rows[i : i + size] for i in range(0, len(rows), size)]
         self.metrics.queued(len(cuts))
         try:
@@ -191,9 +193,9 @@ class Guard:
                 return
             wait = min(2 * wait, self.MOST_PROBE_S)
 
-    def _new_pools(self) -> tuple[Workers, Workers]:
-        """For put, and for everything else, so that reading never waits for writing."""
-        return Workers(self.tier.threads, f"{self.name}-put"), Workers(self.tier.threads + 1, f"{self.name}-get")
+    def _new_pools(self) -> list[Workers]:
+        """For put, for get, and for everything else, so that none of them waits for another."""
+        return [Workers(self.tier.threads, f"{self.name}-{what}") for what in ("put", "get", "ask")]
 
     def close(self) -> None:
         self._closed.set()

@@ -59,8 +59,6 @@ def read(
     trusted = level.memory is not None
     incoming = [values.Incoming(key, buffer, trusted) for key, buffer in zip(wanted, buffers, strict=True)]
 
-    raw: list[tuple[int, values.Head]] = []
-
     def arrived(j: int, outcome: Outcome) -> None:
         if isinstance(outcome, Miss):
             level.missed(wanted[j], outcome)
@@ -70,12 +68,6 @@ def read(
         except CorruptChunkError as error:
             level.failed(wanted[j], error)
             return
-        if head.meta.codec is None:
-            raw.append((j, head))  # making tensors now would keep the readers from the interpreter
-        else:
-            serve(j, head)
-
-    def serve(j: int, head: values.Head) -> None:
         try:
             chunk = head.chunk(buffers[j], level.coder(head))
         except Exception as error:  # of whatever codec
@@ -89,9 +81,7 @@ def read(
         for j, buffer in enumerate(buffers):
             arrived(j, len(buffer))
     else:
-        level.read(wanted, buffers, [value.reached for value in incoming], arrived)
-    for j, head in raw:
-        serve(j, head)
+        level.read(wanted, buffers, incoming, arrived)
     level.metrics.hit(len(hits))
     level.touch(hits)
     return out

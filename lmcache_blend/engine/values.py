@@ -13,11 +13,13 @@ write valid values to it. Values in this process's own memory go without checksu
 """
 
 import ctypes
+import itertools
 import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, overload
 
 import numpy as np
@@ -28,6 +30,7 @@ from torch import Tensor
 from lmcache_blend.codecs import Codec, PipelineCodec
 from lmcache_blend.codecs.container import DTYPES, MAX_LAYERS, Container, Shape, parse_header, runs
 from lmcache_blend.codecs.pipeline import NAMES
+from lmcache_blend.engine import checked_io
 from lmcache_blend.engine.copying import Piece, copy_all
 from lmcache_blend.engine.tiers.base import Part, Value
 from lmcache_blend.errors import ConfigError, CorruptChunkError
@@ -66,15 +69,32 @@ class Meta:
         (h, d, h2, d2), (k, v) = self.shapes[layer], self.dtypes[layer]
         return h * d * self.tokens * DTYPES[k].itemsize, h2 * d2 * self.tokens * DTYPES[v].itemsize
 
+    @cached_property
+    def raw_bytes(self) -> list[int]:
+        """Of each layer."""
+        return [sum(self.layer_bytes(i)) for i in range(len(self.shapes))]
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether all layers, and K and V, have one shape and type, and are not empty."""
+        if not self.shapes or len({*self.shapes}) > 1 or len({*self.dtypes}) > 1:
+            return False
+        (h, d, h2, d2), (k, v) = self.shapes[0], self.dtypes[0]
+        return (h, d, k) == (h2, d2, v) and h * self.tokens * d > 0
+
 
 @dataclass(frozen=True)
 class Head:
-    """The parsed head of a value. table: (offset, bytes, checksum) per segment. nbytes: of the whole value."""
+    """The parsed head of a value. table: (offset, bytes, checksum) per segment. nbytes: of the whole value.
+
+    trusted: the bytes were checked before.
+    """
 
     key: bytes
     meta: Meta
     table: tuple[tuple[int, int, bytes], ...]
     nbytes: int
+    trusted: bool = False
 
     @property
     def first_bytes(self) -> int:
@@ -90,7 +110,7 @@ class Head:
         """A segment of the value `data`, checked. Raises CorruptChunkError."""
         start, size, digest = self.table[segment]
         part = data[start : start + size]
-        if self.meta.checked and xxhash.xxh3_128_digest(part) != digest:
+        if self.meta.checked and not self.trusted and xxhash.xxh3_128_digest(part) != digest:
             raise CorruptChunkError(f"segment {segment} of {len(self.table)} does not match its checksum")
         return part
 
@@ -132,17 +152,17 @@ class Head:
 
     def _all_raw(self, data: memoryview) -> list[Pair]:
         """Layers that are all alike are made at once: single views cost more than checking what they show."""
-        parts, meta = [self.check(data, 1 + i) for i in range(len(self.meta.groups))], self.meta
-        if not parts:
-            return []
+        meta, count = self.meta, len(self.meta.groups)
         starts = [start for start, *_ in self.table[1:]]
-        (h, d, h2, d2), (k, v), t = meta.shapes[0], meta.dtypes[0], meta.tokens
-        step = starts[1] - starts[0] if len(starts) > 1 else 0
-        alike = len({*meta.shapes}) == len({*meta.dtypes}) == 1 and (h, d, k) == (h2, d2, v) and h * t * d
-        if not alike or starts != list(range(starts[0], starts[-1] + 1, step or 1)):
-            return [self._raw(part, i) for i, part in enumerate(parts)]
-        flat = _tensor(data[starts[0] : starts[-1] + len(parts[-1])], DTYPES[k])
-        shape, strides = (len(parts), h, t, d), (step // DTYPES[k].itemsize, t * d, d, 1)
+        step = starts[1] - starts[0] if count > 1 else 0
+        if not meta.alike or starts != list(range(starts[0], starts[-1] + 1, step or 1)):
+            return [self._raw(self.check(data, 1 + i), i) for i in range(count)]
+        if meta.checked and not self.trusted:
+            for i in range(count):
+                self.check(data, 1 + i)
+        (h, d, *_), dtype, t = meta.shapes[0], DTYPES[meta.dtypes[0][0]], meta.tokens
+        flat = _tensor(data[starts[0] : starts[-1] + self.table[-1][1]], dtype)
+        shape, strides = (count, h, t, d), (step // dtype.itemsize, t * d, d, 1)
         both = (flat.as_strided(shape, strides, at).unbind(0) for at in (0, h * t * d))
         return list(zip(*both, strict=True))
 
@@ -189,6 +209,29 @@ class Incoming:
                 self._error = error
         return len(self._data)
 
+    __call__ = reached
+
+    def pull(self, fd: int, there: int) -> int:
+        """After `reached(there)`: read on from a file that is this value; how many bytes are there then.
+
+        They are checked; fewer than all where something failed or cannot be done in one call. So a reader of files goes
+        on with `reached` as if it had read them.
+        """
+        head = self._head
+        if head is None or self._error or self._trusted or not head.meta.checked or not checked_io.AVAILABLE:
+            return there
+        ends = [(start, start + size) for start, size, _ in head.table[self._done :]]
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._data))
+        now, digests = checked_io.read(fd, base, there, np.array(ends, np.int64).reshape(-1, 2))
+        if now < max((end for _, end in ends), default=0):
+            return now  # those segments that are whole are checked by `reached`
+        for digest in digests:
+            if head.table[self._done][2] != digest:
+                self._error = CorruptChunkError(f"segment {self._done} does not match its checksum")
+                break
+            self._done += 1
+        return now
+
     def _check(self, there: int) -> int:
         head = self._head
         if head is None:
@@ -208,31 +251,50 @@ class Incoming:
         self.reached(len(self._data))
         if self._error or self._head is None or self._done < len(self._head.table):
             raise self._error or CorruptChunkError("the value ends within a segment")
-        return replace(self._head, meta=replace(self._head.meta, checked=False))
+        head = self._head
+        return Head(head.key, head.meta, head.table, head.nbytes, trusted=True)
 
 
 class RawValue(Sequence[Part]):
     """The pieces of a raw value, checked when they are asked for: the first one, the head, needs all the others.
 
-    Whoever writes at any offset takes `scattered`, and reads K and V from memory once: each group right before it is
-    written is in the processor's cache. nbytes: of the whole.
+    Whoever writes at any offset takes `scattered`, or `push` for a file, and reads K and V from memory once: each
+    group right before it is written is in the processor's cache. nbytes: of the whole.
     """
 
     def __init__(
-        self, key: bytes, text: bytes, spans: list[tuple[int, int]], nbytes: int, segments: Sequence[Sequence[Part]]
+        self, key: bytes, text: bytes, spans: list[tuple[int, int]], nbytes: int, ids: bytes, layers: Sequence[Pair]
     ):
         self.nbytes = nbytes
         self._head = lambda digests: _head(key, nbytes, text, spans, digests)
-        self._spans, self._segments = spans, segments
+        self._spans, self._ids, self._layers = spans, ids, [tuple(map(_in_one_piece, pair)) for pair in layers]
         self._whole: list[Part] = []
 
     def scattered(self) -> Iterator[tuple[int, Sequence[Part]]]:
         """(offset, pieces) of everything but zeros between segments."""
         digests = []
-        for (start, _), pieces in zip(self._spans, self._segments, strict=True):
+        segments = itertools.chain([[self._ids]], ([_bytes(k), _bytes(v)] for k, v in self._layers))
+        for (start, _), pieces in zip(self._spans, segments, strict=True):
             digests.append(_digest(pieces))
             yield start, pieces
         yield 0, [self._head(digests)]
+
+    def push(self, fd: int) -> bool:
+        """Write everything into an empty file, with one call for all but the head; whether that went well."""
+        if not checked_io.AVAILABLE:
+            return False
+        ids, zeros = np.frombuffer(self._ids, np.uint8), np.zeros(max(self._spans[0][0], ALIGN), np.uint8)
+        nothing, at = zeros.ctypes.data, sum(self._spans[0])
+        pieces = [(-1, nothing, self._spans[0][0]), (0, ids.ctypes.data, len(ids))]  # the head comes last
+        for i, ((k, v), (start, size)) in enumerate(zip(self._layers, self._spans[1:], strict=True), 1):
+            pieces += (-1, nothing, start - at), (i, k.data_ptr(), k.nbytes), (i, v.data_ptr(), v.nbytes)
+            at = start + size
+        pieces.append((-1, nothing, self.nbytes - at))
+        digests = checked_io.write(fd, len(self._spans), np.array(pieces, np.int64))
+        if digests is None:
+            return False
+        head = self._head(digests)
+        return os.pwrite(fd, head, 0) == len(head)
 
     def _pieces(self) -> list[Part]:
         if not self._whole:
@@ -242,7 +304,7 @@ class RawValue(Sequence[Part]):
             for start, pieces in segments:
                 whole += [bytes(start - at), *pieces]
                 at = start + sum(map(len, pieces))
-            self._whole = whole
+            self._whole = [*whole, bytes(self.nbytes - at)]
         return self._whole
 
     def __len__(self) -> int:
@@ -264,9 +326,7 @@ def encode(key: bytes, chunk: KVChunk, codec: Codec | None = None) -> Value:
     if codec is None:
         shapes, names = _described(chunk)
         _, text, spans, total = _plan(len(chunk), shapes, names, chunk.exact_after, True)
-        return RawValue(
-            key, text, spans, total, [[_ids(chunk.tokens)], *([_bytes(k), _bytes(v)] for k, v in chunk.layers)]
-        )
+        return RawValue(key, text, spans, total, _ids(chunk.tokens), chunk.layers)
     lead, tail = memoryview(b""), memoryview(b"")
     data, config = memoryview(codec.encode(chunk)), {k: v for k, v in codec.get_config().items() if k != "profile"}
     groups, parts = (len(chunk.layers),), [[data]]
@@ -401,13 +461,13 @@ def parse(data: memoryview, key: bytes, nbytes: int, trusted: bool = False) -> H
     if len(table) != count + (meta.codec is not None):
         raise CorruptChunkError(f"{len(table)} segments do not fit {len(meta.groups)} groups of layers")
     sizes = [size for _, size, _ in table[1:count]]
-    if meta.codec is None and sizes != [sum(meta.layer_bytes(i)) for i in range(len(meta.shapes))]:
+    if meta.codec is None and sizes != meta.raw_bytes:
         raise CorruptChunkError("the segments do not have the sizes of the layers")
     lead = table[-1][1] if meta.codec is not None else 0
     spans, last = _spans(meta, meta_bytes, 4 * meta.tokens, sizes, lead)
     if [row[:2] for row in table] != spans or last > total or (meta.codec is None and last != total):
         raise CorruptChunkError("the segments do not lie where they must")
-    return Head(key, replace(meta, checked=False) if trusted and meta.checked else meta, table, total)
+    return Head(key, meta, table, total, trusted)
 
 
 def _spans(
@@ -450,9 +510,13 @@ def _ids(tokens: Tensor) -> bytes:
     return ids.astype("<u4").tobytes()
 
 
+def _in_one_piece(x: Tensor) -> Tensor:
+    """Copied only where it is not one piece on the CPU."""
+    return x if x.is_cpu and x.is_contiguous() else x.detach().cpu().contiguous()
+
+
 def _bytes(x: Tensor) -> memoryview:
-    """The tensor's memory, copied only where it is not one piece on the CPU."""
-    x = x if x.is_cpu and x.is_contiguous() else x.detach().cpu().contiguous()
+    """The memory of a tensor that is one piece on the CPU."""
     # Each operation of torch, views too, lets go of the interpreter, and waits for it where other threads write.
     memory = (ctypes.c_ubyte * x.nbytes).from_address(x.data_ptr())
     memory.owner = x  # pyright: ignore[reportAttributeAccessIssue]
@@ -468,14 +532,18 @@ def _tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
 
 def _described(chunk: KVChunk) -> tuple[tuple[Shape, ...], tuple[Names, ...]]:
     """Shapes and types of each layer. Raises ConfigError for what cannot be stored."""
-    shapes, dtypes, tokens = [], [], len(chunk)
+    shapes, dtypes, tokens, last = [], [], len(chunk), None
     for i, (k, v) in enumerate(chunk.layers):
-        (*_, t, d), (*_, t2, d2) = k.shape, v.shape
-        if k.dtype not in NAMES or v.dtype not in NAMES or k.dim() != 3 or v.dim() != 3 or t != tokens or t2 != tokens:
-            found, wanted = f"{k.dtype} {list(k.shape)}, {v.dtype} {list(v.shape)}", f"[H, {tokens}, D]"
-            raise ConfigError(f"layer {i} is {found}; a value holds {wanted} of {', '.join(DTYPES)}")
-        shapes.append((k.shape[0], d, v.shape[0], d2))
-        dtypes.append((NAMES[k.dtype], NAMES[v.dtype]))
+        if (this := (k.shape, v.shape, k.dtype, v.dtype)) != last:
+            last = this
+            (*_, t, d), (*_, t2, d2) = k.shape, v.shape
+            known = k.dtype in NAMES and v.dtype in NAMES
+            if not known or k.dim() != 3 or v.dim() != 3 or t != tokens or t2 != tokens:
+                found, wanted = f"{k.dtype} {list(k.shape)}, {v.dtype} {list(v.shape)}", f"[H, {tokens}, D]"
+                raise ConfigError(f"layer {i} is {found}; a value holds {wanted} of {', '.join(DTYPES)}")
+            shape, names = (k.shape[0], d, v.shape[0], d2), (NAMES[k.dtype], NAMES[v.dtype])
+        shapes.append(shape)
+        dtypes.append(names)
     return tuple(shapes), tuple(dtypes)
 
 

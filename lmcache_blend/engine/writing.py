@@ -13,7 +13,7 @@ from lmcache_blend.engine.arena import Arena
 from lmcache_blend.engine.config import EngineConfig
 from lmcache_blend.engine.level import Level, Sink
 from lmcache_blend.engine.reading import read
-from lmcache_blend.engine.tiers.base import Miss
+from lmcache_blend.engine.tiers.base import ABSENT, Miss, Outcome
 from lmcache_blend.engine.workers import Workers
 from lmcache_blend.types import KVChunk
 
@@ -82,9 +82,9 @@ class Writing:
                 batch = batches.setdefault(targets, [])
                 batch.append(Waiting(key, mine, cost))
                 if sum(w.chunk.nbytes for w in batch) >= BATCH_BYTES:
-                    self._submit(targets, batches.pop(targets))
+                    self._submit(targets, batches.pop(targets), new=True)
         for targets, batch in batches.items():
-            self._submit(targets, batch)
+            self._submit(targets, batch, new=True)
         self._relieve()
         return out
 
@@ -174,10 +174,10 @@ class Writing:
         else:
             self.top.put([key], [self.top.encode(key, chunk)], [float(len(chunk))], None)
 
-    def write(self, i: int, batch: "Sequence[Waiting]") -> list[bool]:
-        """Put chunks into level i, unless they are there; whether each is then."""
+    def write(self, i: int, batch: "Sequence[Waiting]", looked: bool = False) -> list[bool]:
+        """Put chunks into level i, unless they are there; whether each is then. looked: none was a moment ago."""
         level = self.levels[i]
-        found = level.lookup([w.key for w in batch])
+        found: list[Outcome] = [ABSENT] * len(batch) if looked else level.lookup([w.key for w in batch])
         absent, coded = [], []
         for j, outcome in enumerate(found):
             if isinstance(outcome, Miss):
@@ -218,12 +218,13 @@ class Writing:
         for queue in self._queues:
             queue.close()
 
-    def _submit(self, targets: Sequence[int], batch: "list[Waiting]") -> None:
+    def _submit(self, targets: Sequence[int], batch: "list[Waiting]", new: bool = False) -> None:
+        """new: none of them is in the first tier."""
         left = [len(targets)]
 
         def work(i: int) -> None:
             try:
-                self.write(i, batch)
+                self.write(i, batch, new and i == 0)
             finally:
                 with self._lock:
                     left[0] -= 1

@@ -36,7 +36,8 @@ Value = Sequence[Part]
 """One value in pieces that are written one after another (header, then tensors), so that nothing is joined first.
 
 It may also have `nbytes`, the whole, and `scattered()`, which gives (offset, pieces) in the order that is cheapest to
-write where any order is possible; bytes that none of them covers are zero.
+write where any order is possible; bytes that none of them covers are zero. And `push(fd)`, which writes all of it into
+a file that is empty; whether that went well, where not the file is to be written anew.
 """
 
 
@@ -126,7 +127,11 @@ class SteppingTier(Tier, Protocol):
         self, keys: Sequence[bytes], buffers: Sequence[memoryview], reached: Sequence[Callable[[int], int]]
     ) -> list[Outcome]:
         """As `get` from the beginning of each value. reached[i] is told how many bytes of buffer i are there, first 0
-        and at last all; it answers how many should be there when it is asked next."""
+        and at last all; it answers how many should be there when it is asked next.
+
+        It may also have `pull(fd, there)`, after it was told of `there`: reads on from a file that is this value and
+        answers how many bytes are there then, fewer than all where it could not go on.
+        """
         ...
 
 

@@ -64,14 +64,17 @@ class DiskTier:
             self._write(fd, value)
             if self.fsync != "none":
                 os.fdatasync(fd)
-            return self._place(key, path, size)
+            out = self._place(key, path, size)
+            path = path if isinstance(out, Miss) else ""
+            return out
         except OSError as error:
             if error.errno in NO_ROOM:
                 return Miss("full", "the disk is full")
             raise
         finally:
-            with suppress(OSError):
-                os.unlink(path)
+            if path:
+                with suppress(OSError):
+                    os.unlink(path)
             os.close(fd)
 
     def _write(self, fd: int, value: Value) -> None:
@@ -123,12 +126,16 @@ class DiskTier:
         fd = os.open(self._directory.path(key), os.O_RDONLY | os.O_CLOEXEC)
         try:
             done, until = 0, buffer.nbytes if reached is None else reached(0)
+            pull = getattr(reached, "pull", None) if offset == 0 else None
             while done < buffer.nbytes:
                 n = os.preadv(fd, [buffer[done:until]], offset + done)
                 if n == 0:
                     return Miss("corrupt", f"the file ends {buffer.nbytes - done} bytes early")
                 done += n
-                until = until if reached is None else reached(done)
+                if reached is not None:
+                    until = reached(done)
+                    if pull is not None and done < buffer.nbytes and (now := pull(fd, done)) > done:
+                        done, until = now, reached(now)
             if offset == 0:
                 # So that a restart knows what was used last; no reason to fail where it is not allowed.
                 with suppress(OSError):
@@ -253,6 +260,9 @@ def _write(fd: int, value: Value) -> None:
     scattered = getattr(value, "scattered", None)
     if scattered is None:
         _write_at(fd, value, 0)
+        return
+    push = getattr(value, "push", None)
+    if push is not None and push(fd):
         return
     os.ftruncate(fd, size_of(value))
     for offset, pieces in scattered():

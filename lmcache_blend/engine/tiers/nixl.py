@@ -7,7 +7,7 @@ replacement are the disk tier's, so both may be used on one directory at once.
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -53,13 +53,17 @@ class Nixl(DiskTier):
     def _write(self, fd: int, value: Value) -> None:
         self._transfer("WRITE", fd, [memoryview(part).cast("B") for part in value if len(part)], 0)
 
-    def _get(self, key: bytes, buffer: memoryview, offset: int) -> Outcome:
+    def _get(self, key: bytes, buffer: memoryview, offset: int, reached: Callable[[int], int] | None = None) -> Outcome:
         fd = os.open(self._directory.path(key), os.O_RDWR if self._backend != "POSIX" else os.O_RDONLY)
         try:
             # A backend says no more of a file that is too short than that the transfer failed.
             if (size := os.fstat(fd).st_size) < offset + buffer.nbytes:
                 return Miss("corrupt", f"the file ends {offset + buffer.nbytes - size} bytes early")
+            if reached is not None:
+                reached(0)
             self._transfer("READ", fd, [buffer] if buffer.nbytes else [], offset)
+            if reached is not None:
+                reached(buffer.nbytes)
             return buffer.nbytes
         finally:
             os.close(fd)
