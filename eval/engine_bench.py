@@ -1,11 +1,12 @@
 """What the engine's tiers reach of the machine's limits: memcpy, plain file I/O, a bare Redis client, in the same run.
 
-Engine and limit take turns, several rounds; the median of each counts. Every limit moves the same bytes in pieces of
-the same size, with the threads that do it best.
+Engine and limit take turns, in another order each round; the median of each counts. Every limit moves the same bytes in
+pieces of the same size, with the threads that do it best.
 """
 
 import itertools
 import os
+import random
 import statistics
 import subprocess
 import tempfile
@@ -309,11 +310,14 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def turns(rounds: int, **runs: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of each, measured in turns after one uncounted round."""
+    """Seconds of each, measured in turns after one uncounted round.
+
+    Each round has an order of its own: whoever comes second finds buffers and files warmer than who comes first.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
-        for name, run in runs.items():
-            spent = run()
+        for name in random.Random(i).sample(list(runs), len(runs)) if i else runs:
+            spent = runs[name]()
             if i:
                 seconds[name].append(spent)
     return seconds
