@@ -9,10 +9,11 @@ logits processor serving.forced; KL needs whole distributions, so it is null the
 """
 
 import gc
+import hashlib
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -235,13 +236,14 @@ class VLLMBackend:
         return Request(tokens, salt=self._salted(item, kind, phase), kv_transfer={"breakdown": True, "blend": wanted})
 
     def _salted(self, item: Item, kind: str, phase: str) -> str:
-        return f"{self._salt} {phase}{kind} {item.sample.id} {item.prompt_sha256}"
+        text = f"{self._salt} {phase}{kind} {item.sample.id} {item.prompt_sha256}"
+        return hashlib.sha256(text.encode()).hexdigest()  # a server takes 128 characters at most, and not every one
 
     def _run(self, requests: Sequence[Request]) -> list[Answer]:
         return self.client.run(requests) if requests else []
 
     def _timed(self, requests: Sequence[Request]) -> tuple[list[Answer], float]:
-        answers = self._run(requests)
+        answers = self._run([replace(request, stream=True) for request in requests])
         # They start together, so the slowest takes as long as all of them.
         return answers, max(answer.latency_ms for answer in answers) / len(answers)
 
@@ -259,8 +261,10 @@ class VLLMBackend:
         texts = metrics.text_scores(prediction, answers) if prediction is not None and answers else {}
         text_full = reference.prediction
         texts_full = metrics.text_scores(text_full, answers) if text_full is not None and answers else {}
-        report = measured.timed.kv_transfer.get("lmcache_blend") or {}
-        if config.method != "full_recompute" and _blends(config.method) and _missing(item, measured.timed):
+        # Over HTTP a timed answer is a stream, and tells nothing of what the connector did.
+        told = measured.timed if measured.timed.kv_transfer else measured.scored
+        report = told.kv_transfer.get("lmcache_blend") or {}
+        if config.method != "full_recompute" and _blends(config.method) and _missing(item, told):
             raise ServingError(f"sample {item.sample.id!r} was not blended: the server reports {report}")
         kl, top1 = _compared(measured.scored, full.scored, wanted)
         rows = self._rows(item, report, measured.timed.cached_tokens)

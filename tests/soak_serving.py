@@ -9,6 +9,7 @@ import json
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from vllm_server import Traffic, VllmServer, request
@@ -28,7 +29,7 @@ def soak(server: VllmServer, requests: int, concurrency: int, seed: int = 0) -> 
         _, kind, tokens, spans = job
         try:
             if kind == "abort":
-                body = json.dumps(client._body(request(tokens, spans, 0.15, 64))).encode()
+                body = json.dumps(client._body(replace(request(tokens, spans, 0.15, 64), stream=True))).encode()
                 post = urllib.request.Request(
                     f"{server.url}/v1/completions", body, {"Content-Type": "application/json"}
                 )

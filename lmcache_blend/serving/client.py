@@ -33,13 +33,13 @@ class HttpClient:
             return list(pool.map(self.ask, requests))
 
     def ask(self, request: Request) -> Answer:
-        """One request, streamed. Raises ServingError."""
+        """One request. Raises ServingError."""
         answer, started = Answer(), time.perf_counter()
         body = json.dumps(self._body(request)).encode()
         post = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(post, timeout=TIMEOUT_S) as reply:
-                for line in reply:
+                for line in reply if request.stream else [b"data: " + reply.read()]:
                     if line.startswith(b"data: {"):
                         _add(answer, json.loads(line[6:]), 1e3 * (time.perf_counter() - started))
         except (OSError, ValueError) as error:
@@ -61,7 +61,7 @@ class HttpClient:
             "temperature": 0.0,
             "max_tokens": len(forced) or request.max_tokens,
             "ignore_eos": True,
-            "stream": True,
+            "stream": request.stream,
             "return_token_ids": True,
         }
         if request.salt:

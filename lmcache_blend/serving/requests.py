@@ -16,6 +16,7 @@ class Request:
 
     salt: separates vLLM's own prefix cache; requests of one salt share it. forced: token ids that are decoded whatever
     the model says, so that their likelihood can be read; they replace max_tokens. kv_transfer: kv_transfer_params.
+    stream: over HTTP, whether the first token's time counts; what the connector reports comes with whole answers only.
     """
 
     tokens: Sequence[int]
@@ -24,6 +25,7 @@ class Request:
     forced: Sequence[int] = ()
     stop_ids: Sequence[int] = ()
     kv_transfer: dict[str, Any] = field(default_factory=dict)
+    stream: bool = False
 
 
 @dataclass
