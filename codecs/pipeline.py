@@ -2,6 +2,7 @@
 config."""
 
 import json
+import threading
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -292,5 +293,23 @@ def _parallel(work: Any, items: list[Any]) -> list[Any]:
     if threads <= 1:
         return [work(item) for item in items]
     # Each worker keeps to one thread inside torch, or the two levels of threads fight over the cores.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
         return list(pool.map(work, items))
+
+
+_changing = threading.Lock()
+
+
+def one_thread() -> None:
+    """Let torch use one thread in the calling thread alone.
+
+    torch.set_num_threads is for the calling thread and for all that start later; these get their number back, by a
+    thread that is the last one to set it.
+    """
+    with _changing:
+        count = torch.get_num_threads()
+        if count > 1:
+            torch.set_num_threads(1)
+            last = threading.Thread(target=torch.set_num_threads, args=(count,))
+            last.start()
+            last.join()

@@ -1,6 +1,7 @@
 """Chunks for the engine's tests."""
 
 import hashlib
+import os
 
 import torch
 
@@ -29,3 +30,12 @@ def chunk(i: int, tokens: int = 16, layers: int = 3, dim: int = 16) -> KVChunk:
 
 def equal(a: KVChunk | None, b: KVChunk) -> bool:
     return a is not None and torch.equal(a.tokens, b.tokens) and a.exact_after == b.exact_after and same_bits(a, b)
+
+
+def flip(path):
+    """Damage a file: another bit in its middle."""
+    with open(path, "r+b") as file:
+        file.seek(os.path.getsize(path) // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 16]))

@@ -101,7 +101,6 @@ def test_rows_of_both_backends_stand_in_one_table(hf, offline, capsys):
     assert any("vllm" not in label for label in labels)
 
 
-@pytest.mark.xfail(strict=False, reason="mended, and not seen to pass yet: take this mark away when it has")
 def test_a_server_gives_the_same_without_kl(server, offline, tmp_path):
     options = ["--backend", "vllm", "--option", f"server={server.url}"]
     assert main(["run", *TASK, *RATIOS, "--method", METHODS, *options, "--output", str(tmp_path)]) == 0

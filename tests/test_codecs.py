@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from lmcache_blend.codecs import Codec, codecs, get_codec, register_codec
+from lmcache_blend.codecs.pipeline import one_thread
 from lmcache_blend.codecs.raw import HEADER_BYTES, MAGIC
 from lmcache_blend.errors import ConfigError, CorruptChunkError, DuplicateNameError, UnknownNameError
 from lmcache_blend.types import KVChunk
@@ -194,3 +196,17 @@ def test_a_third_party_codec_is_found_by_its_config(monkeypatch):
         get_codec({"id": "half", "sclae": 2.0})
     with pytest.raises(DuplicateNameError, match="'raw' is already registered"):
         register_codec("raw")(Half)
+
+
+def test_a_worker_with_one_thread_leaves_later_threads_theirs():
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        for work in (lambda: (one_thread(), seen.append(torch.get_num_threads())),
+                     lambda: seen.append(torch.get_num_threads())):  # fmt: skip
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        assert [*seen, torch.get_num_threads()] == [1, 3, 3]
+    finally:
+        torch.set_num_threads(before)

@@ -1,6 +1,5 @@
 """What could lose or mix up chunks: two names of one store, foreign codecs, quotas, pins of damaged files."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kv import chunk, equal, key, keys
+from kv import chunk, equal, flip, key, keys
 from third_party_tier import DictTier
 
 from lmcache_blend import KVEngine
@@ -224,14 +223,6 @@ def test_compressing_with_a_codec_that_takes_none_of_the_chunks_changes_nothing(
 
 
 # Damage that cannot be deleted
-
-
-def flip(path):
-    with open(path, "r+b") as file:
-        file.seek(os.path.getsize(path) // 2)
-        byte = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([byte[0] ^ 1]))
 
 
 def test_a_damaged_chunk_that_another_process_pins_heals_with_the_next_store(tmp_path):

@@ -7,7 +7,7 @@ import time
 from typing import ClassVar
 
 import pytest
-from kv import chunk, equal, key, keys
+from kv import chunk, equal, flip, key, keys
 from third_party_tier import DictTier, Unruly
 
 from lmcache_blend import KVEngine
@@ -184,14 +184,6 @@ def damaged(tmp_path, change):
 
 def misses(cause):
     return value("lmcache_blend_misses_total", tier="disk", cause=cause)
-
-
-def flip(path):
-    with open(path, "r+b") as file:
-        file.seek(os.path.getsize(path) // 2)
-        byte = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([byte[0] ^ 16]))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lmcache_blend.codecs import CodedChunk, PipelineCodec
+from lmcache_blend.codecs.pipeline import one_thread
 from lmcache_blend.engine import values
 from lmcache_blend.engine.level import Level
 from lmcache_blend.engine.reading import read
@@ -127,7 +128,7 @@ class LayerReads:
 
     def _bring(self, layer: int) -> None:
         """Read and decode the groups that begin at a layer."""
-        torch.set_num_threads(1)  # of this worker: there are as many workers as cores, and a product takes one each
+        one_thread()  # there are as many workers as cores, and a product takes one each
         here = [(c, _starts(c).index(layer)) for c in self._chunks if c.lost is None and layer in _starts(c)]
         far = [(c, g) for c, g in here if len(c.data) > WHOLE]
         spans = [c.head.span(g) for c, g in far]
