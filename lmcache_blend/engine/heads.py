@@ -14,10 +14,10 @@ write valid values to it. Values in this process's own memory go without checksu
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -131,25 +131,20 @@ class Head:
         else:
             for segment in range(1, len(self.table)):
                 self.check(data, segment)
-            layers = list(self._coder(codec).decode(bytes(data[self.table[-1][0] :])).layers)
+            layers = tuple(self._coder(codec).decode(bytes(data[self.table[-1][0] :])).layers)
             self.fits(layers, 0)
-        return KVChunk(tokens, tuple(layers), self.meta.exact_after)
+        return KVChunk(tokens, layers, self.meta.exact_after)
 
-    def _all_raw(self, data: memoryview) -> list[Pair]:
-        """Layers that are all alike are made at once: single views cost more than checking what they show."""
+    def _all_raw(self, data: memoryview) -> Sequence[Pair]:
         meta, count = self.meta, len(self.meta.groups)
         starts = [start for start, *_ in self.table[1:]]
         step = starts[1] - starts[0] if count > 1 else 0
         if not meta.alike or starts != list(range(starts[0], starts[-1] + 1, step or 1)):
-            return [self._raw(self.check(data, 1 + i), i) for i in range(count)]
+            return tuple(self._raw(self.check(data, 1 + i), i) for i in range(count))
         if meta.checked and not self.trusted:
             for i in range(count):
                 self.check(data, 1 + i)
-        (h, d, *_), dtype, t = meta.shapes[0], DTYPES[meta.dtypes[0][0]], meta.tokens
-        flat = _tensor(data[starts[0] : starts[-1] + self.table[-1][1]], dtype)
-        shape, strides = (count, h, t, d), (step // dtype.itemsize, t * d, d, 1)
-        both = (flat.as_strided(shape, strides, at).unbind(0) for at in (0, h * t * d))
-        return list(zip(*both, strict=True))
+        return _Alike(self, data[starts[0] : starts[-1] + self.table[-1][1]], step)
 
     def _raw(self, part: memoryview, layer: int) -> Pair:
         (h, d, h2, d2), (k, v) = self.meta.shapes[layer], self.meta.dtypes[layer]
@@ -167,6 +162,41 @@ class Head:
             (h, d, h2, d2), t = self.meta.shapes[i], self.meta.tokens
             if [tuple(x.shape) for x in pair] != [(h, t, d), (h2, t, d2)]:
                 raise CorruptChunkError(f"layer {i} does not decode to the shapes that the value's head names")
+
+
+class _Alike(Sequence[Pair]):
+    """Raw layers of one shape and type: views of `data`, `step` bytes apart, made at once when the first is asked for.
+
+    Single views cost more than checking what they show, and each waits for the interpreter while others read.
+    """
+
+    def __init__(self, head: Head, data: memoryview, step: int):
+        self._head, self._data, self._step = head, data, step
+
+    @cached_property
+    def _pairs(self) -> tuple[Pair, ...]:
+        meta = self._head.meta
+        (h, d, *_), dtype, t = meta.shapes[0], DTYPES[meta.dtypes[0][0]], meta.tokens
+        flat = _tensor(self._data, dtype)
+        shape, strides = (len(self), h, t, d), (self._step // dtype.itemsize, t * d, d, 1)
+        both = (flat.as_strided(shape, strides, at).unbind(0) for at in (0, h * t * d))
+        return tuple(zip(*both, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._head.meta.groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Pair, ...]: ...
+    def __getitem__(self, index: int | slice) -> Pair | tuple[Pair, ...]:
+        return self._pairs[index]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self._pairs)
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[Pair, ...]]]:
+        return tuple, (self._pairs,)  # a chunk that is saved does not know where it came from
 
 
 def head_bytes(data: memoryview) -> int:

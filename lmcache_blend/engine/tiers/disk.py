@@ -41,7 +41,7 @@ class DiskTier:
         path: str | Path,
         capacity_bytes: int | None = None,
         fsync: Literal["none", "data", "full"] = "none",
-        threads: int = 2,
+        threads: int = 4,
     ):
         self.capacity_bytes, self.fsync, self.threads = capacity_bytes, fsync, threads
         self._directory = Directory(Path(path))

@@ -85,7 +85,7 @@ class Redis:
         prefix: str = "lmcache-blend:",
         timeout_s: float = 5.0,
         threads: int = 4,
-        part_bytes: int = 4 << 20,
+        part_bytes: int = 32 << 20,
         capacity_bytes: int | None = None,
     ):
         if not 0 < timeout_s < math.inf or threads < 1 or part_bytes < 1024:
