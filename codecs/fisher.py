@@ -27,7 +27,17 @@ from lmcache_blend.codecs import adaptive, rans
 from lmcache_blend.codecs.base import codecs
 from lmcache_blend.codecs.container import Container, Shape, array, join, split
 from lmcache_blend.codecs.entropy import Rans, inflate
-from lmcache_blend.codecs.pipeline import CODED, CodedChunk, PipelineCodec, codec_id, layers_or_error, unstack
+from lmcache_blend.codecs.pipeline import (
+    CODED,
+    CodedChunk,
+    PipelineCodec,
+    Room,
+    codec_id,
+    fresh,
+    layers_or_error,
+    unstack,
+)
+from lmcache_blend.codecs.products import product
 from lmcache_blend.codecs.profile import Profile
 from lmcache_blend.codecs.quantise import Uniform
 from lmcache_blend.codecs.stages import EMPTY, NotCodable, Plane, Stage
@@ -39,7 +49,7 @@ from lmcache_blend.types import KVChunk, Pair
 FEATURE_SCALE = np.float32(1 / 16)
 """Token features are int8 in units of this."""
 ALARM_RATIO, ALARM_TOKENS = 1.3, 4096
-DENSE = -96
+DENSE = -160
 """Coefficients whose spread is this far from the step, in 1/64 octaves, are seldom 0 often enough to be left out of a
 matrix product."""
 RECENT = ((128, 1), (32, 1))
@@ -249,7 +259,9 @@ class FisherCodec(PipelineCodec):
         return (sinks, Coded(skip=min(self.sinks, plane.tokens), step=self.base_step, recent=self.recent))
 
     @staticmethod
-    def decode_together(chunks: Sequence[CodedChunk], group: int) -> list[list[Pair] | CorruptChunkError]:
+    def decode_together(
+        chunks: Sequence[CodedChunk], group: int, room: Room = fresh
+    ) -> list[list[Pair] | CorruptChunkError]:
         out: list[list[Pair] | CorruptChunkError | None] = [None] * len(chunks)
         fused: list[tuple[int, np.ndarray, Symbols, Plane]] = []
         for i, chunk in enumerate(chunks):
@@ -261,8 +273,8 @@ class FisherCodec(PipelineCodec):
             if found is not None and (not fused or _alike(found[2], fused[0][3])):
                 fused.append((i, *found))
         if fused:
-            rows = np.empty((sum(plane.tokens for *_, plane in fused), fused[0][3].channels), np.float32)
-            synthesise([(symbols, plane) for *_, symbols, plane in fused], rows, sinks=True)
+            rows = _matrix(room, sum(plane.tokens for *_, plane in fused), fused[0][3].channels)
+            synthesise([(symbols, plane) for *_, symbols, plane in fused], rows, sinks=True, room=room)
             whole, at = torch.from_numpy(rows), 0
             for i, sinks, _, plane in fused:
                 rows[at : at + sinks.shape[1]] = sinks.T
@@ -349,11 +361,13 @@ def _at(curve: list[Mapping[str, float]], step: float, name: str) -> float:
     return float(np.interp(np.log(step), [np.log(p["step"]) for p in points], [p[name] for p in points]))
 
 
-def synthesise(chunks: Sequence[tuple[Symbols, Plane]], out: np.ndarray, sinks: bool = False) -> None:
+def synthesise(
+    chunks: Sequence[tuple[Symbols, Plane]], out: np.ndarray, sinks: bool = False, room: Room = fresh
+) -> None:
     """The tokens of one group of layers, of several chunks one after another, into out [T, D] float32.
 
     Coefficients that are mostly 0 are added one by one, the others by one product for all chunks. sinks: out has rows
-    for the tokens before each chunk's first symbol too, which are left to the caller.
+    for the tokens before each chunk's first symbol too, which are left to the caller. room: memory to work in.
     """
     plane = chunks[0][1]
     group, fitted = _group(plane), plane.profile
@@ -373,14 +387,15 @@ def synthesise(chunks: Sequence[tuple[Symbols, Plane]], out: np.ndarray, sinks: 
             out[first : first + len(where.order), used] += (parts * group.inverse[used, None]).T
         return
     dense = [int((group.levels[: len(s.where.offsets)] - s.step >= DENSE).sum()) for s, _ in chunks]
-    parts = np.zeros((max(dense), len(out)), np.float32)
+    parts = _matrix(room, max(dense), len(out))
+    parts.fill(0)
     for (symbols, _), step, first, cut in zip(chunks, steps, starts, dense, strict=True):
         where = symbols.where
         adaptive.scatter(symbols.values, where.order, where.bounds, where.offsets[:cut], step, parts, first)
     features, places = fitted.distinct(np.concatenate(ids).tobytes())
     result, mean, predict, inverse = map(torch.from_numpy, (out, group.mean, group.predict, group.inverse))
-    torch.index_select(torch.addmm(mean, features, predict), 0, places, out=result)
-    result.addmm_(torch.from_numpy(parts).T, inverse[: len(parts)])
+    torch.index_select(product(features, predict).add_(mean), 0, places, out=result)
+    result.add_(product(torch.from_numpy(parts).T, inverse[: len(parts)]))
     for (symbols, _), step, first, cut in zip(chunks, steps, starts, dense, strict=True):
         where, rest = symbols.where, group.inverse[cut:]
         adaptive.add(symbols.values, where.order, where.bounds, where.offsets[cut:], step, rest, out, first)
@@ -414,6 +429,11 @@ def _coded(chunk: CodedChunk, group: int) -> tuple[np.ndarray, Symbols, Plane] |
     assert isinstance(chunk.codec, FisherCodec)
     skip = min(chunk.codec.sinks, plane.tokens)
     return array(head, "<f2", (plane.channels, skip)), _symbols(side, plane, skip), plane
+
+
+def _matrix(room: Room, rows: int, columns: int) -> np.ndarray:
+    """[rows, columns] float32 of undefined content."""
+    return room(4 * rows * columns).view(np.float32).reshape(rows, columns)
 
 
 def _alike(plane: Plane, other: Plane) -> bool:

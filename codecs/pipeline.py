@@ -2,9 +2,8 @@
 config."""
 
 import json
-import threading
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,12 +17,22 @@ from lmcache_blend.codecs.base import codecs
 from lmcache_blend.codecs.container import DTYPES, Container, Header, Shape, join, pack, split
 from lmcache_blend.codecs.profile import Profile
 from lmcache_blend.codecs.stages import NotCodable, Plane, Stage, stages
+from lmcache_blend.codecs.threads import one_thread
 from lmcache_blend.config import Config
 from lmcache_blend.errors import ConfigError, CorruptChunkError, ForeignChunkError, LMCacheBlendError, UnknownNameError
 from lmcache_blend.types import KVChunk, Pair
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CODED, PLAIN = b"\0", b"\1"
+
+
+Room = Callable[[int], np.ndarray]
+"""[n] uint8 of undefined content."""
+
+
+def fresh(nbytes: int) -> np.ndarray:
+    """Memory that was not used before."""
+    return np.empty(nbytes, np.uint8)
 
 
 class PipelineCodec(Config):
@@ -112,10 +121,13 @@ class PipelineCodec(Config):
         return CodedChunk(codec, container, tokens, planes)
 
     @staticmethod
-    def decode_together(chunks: "Sequence[CodedChunk]", group: int) -> "list[list[Pair] | CorruptChunkError]":
+    def decode_together(
+        chunks: "Sequence[CodedChunk]", group: int, room: Room = fresh
+    ) -> "list[list[Pair] | CorruptChunkError]":
         """The layers of one segment of each chunk, as `CodedChunk.layers` gives them, or why there are none.
 
-        The chunks were opened by codecs of this class. Subclasses share work among chunks here.
+        The chunks were opened by codecs of this class. room: gives memory for the layers. Subclasses share work among
+        chunks, and use that memory, here.
         """
         return [layers_or_error(chunk, group) for chunk in chunks]
 
@@ -295,21 +307,3 @@ def _parallel(work: Any, items: list[Any]) -> list[Any]:
     # Each worker keeps to one thread inside torch, or the two levels of threads fight over the cores.
     with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
         return list(pool.map(work, items))
-
-
-_changing = threading.Lock()
-
-
-def one_thread() -> None:
-    """Let torch use one thread in the calling thread alone.
-
-    torch.set_num_threads is for the calling thread and for all that start later; these get their number back, by a
-    thread that is the last one to set it.
-    """
-    with _changing:
-        count = torch.get_num_threads()
-        if count > 1:
-            torch.set_num_threads(1)
-            last = threading.Thread(target=torch.set_num_threads, args=(count,))
-            last.start()
-            last.join()

@@ -176,7 +176,6 @@ def read_samples(model: str, data: Path) -> list[dict[str, Any]]:
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    rows = load_jsonl(data, limit=sys.maxsize, seed=0).samples
     head, out = ids("Answer the question from the documents.\n\n"), []
     for row in rows:
         passages = [ids(f"Document: {c}\n\n") for c in row.contexts]

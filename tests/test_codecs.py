@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from lmcache_blend.codecs import Codec, codecs, get_codec, register_codec
-from lmcache_blend.codecs.pipeline import one_thread
 from lmcache_blend.codecs.raw import HEADER_BYTES, MAGIC
+from lmcache_blend.codecs.threads import one_thread, one_thread_meanwhile
 from lmcache_blend.errors import ConfigError, CorruptChunkError, DuplicateNameError, UnknownNameError
 from lmcache_blend.types import KVChunk
 
@@ -198,15 +198,27 @@ def test_a_third_party_codec_is_found_by_its_config(monkeypatch):
         register_codec("raw")(Half)
 
 
-def test_a_worker_with_one_thread_leaves_later_threads_theirs():
+def test_a_worker_with_one_thread_leaves_later_threads_theirs(monkeypatch):
     before, seen = torch.get_num_threads(), []
+
+    def see():
+        seen.append(torch.get_num_threads())
+
+    def work():
+        with one_thread_meanwhile():
+            see()
+        see()
+        one_thread()
+        see()
+
     torch.set_num_threads(3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # as vLLM does on CPU
     try:
-        for work in (lambda: (one_thread(), seen.append(torch.get_num_threads())),
-                     lambda: seen.append(torch.get_num_threads())):  # fmt: skip
-            thread = threading.Thread(target=work)
+        for target in (work, see):
+            thread = threading.Thread(target=target)
             thread.start()
             thread.join()
-        assert [*seen, torch.get_num_threads()] == [1, 3, 3]
+        assert [*seen, torch.get_num_threads()] == [1, 3, 1, 3, 3]
     finally:
+        monkeypatch.undo()
         torch.set_num_threads(before)

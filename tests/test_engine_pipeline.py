@@ -1,5 +1,6 @@
 """Layer by layer: first needed, first read; waiting is measured, and what fails half way is recomputed."""
 
+import gc
 import threading
 import time
 
@@ -11,6 +12,7 @@ from third_party_tier import DictTier
 
 from lmcache_blend import BlendConfig, Blender, KVEngine, Prompt
 from lmcache_blend.engine import values
+from lmcache_blend.engine.pipeline import LayerReads
 from lmcache_blend.engine.tiers.base import Miss
 from lmcache_blend.errors import ChunkLostError
 from lmcache_blend.types import KVChunk
@@ -149,3 +151,32 @@ def test_chunks_lost_in_the_middle_of_a_forward_are_recomputed(tiny, watched, po
         out = blender.prefill(prompt)
         assert {kind for *_, kind in out.trace.hits} == {"miss"}
         assert close(out.logits, full(tiny, prompt))
+
+
+def test_nobody_waits_for_what_an_unforeseen_error_has_stopped(watched, monkeypatch):
+    with open_engine() as engine:
+        engine.store(keys(1), [chunk(0)], wait=True)
+        monkeypatch.setattr(LayerReads, "_decode", lambda *_: 1 / 0)
+        (stored,) = engine.load(keys(1))
+        with pytest.raises(ChunkLostError, match="ZeroDivisionError"):
+            tuple(stored.chunk.layers)
+
+
+@pytest.mark.parametrize("codec", [None, "lossless", "fisher_klt"])
+def test_memory_is_free_again_when_the_layers_are_gone(watched, codec, tmp_path):
+    gc.disable()  # without a search for cycles
+    try:
+        with open_engine(codec=codec, tier="disk", path=str(tmp_path)) as engine:
+            engine.store(keys(3), [chunk(i) for i in range(3)], wait=True)
+            whole = engine._landing.free_bytes()
+            stored = engine.load(keys(3))
+            wanted = tuple(stored[0].chunk.layers)
+            assert engine._landing.free_bytes() < whole
+            del stored, wanted
+            for _ in range(100):
+                if engine._landing.free_bytes() == whole:
+                    break
+                time.sleep(0.02)  # the worker lets go of its last layer
+            assert engine._landing.free_bytes() == whole
+    finally:
+        gc.enable()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmcache_blend.codecs import FisherDiagonal, FisherKLT, Profile, get_codec
+from lmcache_blend.codecs import FisherDiagonal, FisherKLT, Profile, get_codec, products
 from lmcache_blend.codecs.calibration import FitTarget
 from lmcache_blend.codecs.fisher_fit import FitConfig, fit
 from lmcache_blend.errors import ConfigError, CorruptChunkError
@@ -217,3 +217,14 @@ def test_layouts_of_levels_and_classes_cover_each_symbol_once():
     step = steps[classes][None]
     expected = np.where(ids[:, classes] > 0, np.rint(y / step) * step, 0)
     assert np.allclose(out, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("shapes", [((7, 5), (5, 3)), ((300, 128), (128, 64)), ((0, 4), (4, 2)), ((3, 0), (0, 2))])
+@pytest.mark.parametrize("operator", [True, False])
+def test_products_are_torchs(shapes, operator, monkeypatch):
+    if not operator:
+        monkeypatch.setattr(products, "_onednn", None)
+    a, b = (torch.randn(s) for s in shapes)
+    for x in (a, a.T.contiguous().T):
+        for y in (b, b.T.contiguous().T):
+            assert torch.allclose(products.product(x, y), a @ b, atol=1e-4)

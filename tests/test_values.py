@@ -189,3 +189,14 @@ def test_what_cannot_be_stored_is_refused():
     ):
         with pytest.raises(ConfigError):
             values.encode(KEY, bad)
+
+
+def test_a_chunk_of_raw_views_can_be_saved_and_loaded(tmp_path):
+    item = chunk()
+    data, _ = stored(item)
+    out = values.parse(memoryview(data), KEY, len(data)).chunk(memoryview(bytearray(data)), None)
+    torch.save(out, tmp_path / "chunk.pt")
+    again = torch.load(tmp_path / "chunk.pt", weights_only=False)
+    assert type(again.layers) is tuple
+    assert same(again, item)
+    assert same(replace(out, layers=out.layers[:]), item)

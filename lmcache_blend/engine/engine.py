@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmcache_blend.engine import values
 from lmcache_blend.engine.aio import Async
+from lmcache_blend.engine.arena import Arena
 from lmcache_blend.engine.config import EngineConfig
 from lmcache_blend.engine.events import EventLog
 from lmcache_blend.engine.level import Level, Pins
@@ -25,6 +26,8 @@ from lmcache_blend.engine.writing import Writing
 from lmcache_blend.types import KVChunk
 
 AIO_THREADS = 8
+LANDING_BYTES = 1 << 30
+"""Of memory that values are read into; taken from the system as it is used."""
 
 
 class Found(NamedTuple):
@@ -63,6 +66,15 @@ class KVEngine(Operations):
         self.writing = Writing(self.levels, self.config)
         self.workers = Workers(self.config.threads, "kv-load")
         self._aio = Workers(AIO_THREADS, "kv-aio")
+        self._landing = Arena(LANDING_BYTES, "transparent", pin=False)
+
+    def landing(self, nbytes: int) -> np.ndarray:
+        """[nbytes] uint8 of undefined content to read or decode into, free again when the last view of it is gone.
+
+        The same pages are used again and again, because fresh ones cost more than reading into them.
+        """
+        slot = self._landing.take(nbytes)
+        return np.empty(nbytes, np.uint8) if slot is None else slot
 
     @property
     def aio(self) -> Async:
@@ -154,7 +166,8 @@ class KVEngine(Operations):
             if not left:
                 break
             buffers = None if into is None else [into[i] for i in left]
-            found = read(level, [keys[i] for i in left], buffers, *self.promotion(level, copy=into is not None))
+            up = self.promotion(level, copy=into is not None)
+            found = read(level, [keys[i] for i in left], buffers, *up, landing=self.landing)
             for i, item in zip(left, found, strict=True):
                 out[i] = item
             left = [i for i in left if out[i][0] is None]

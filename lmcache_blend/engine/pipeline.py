@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmcache_blend.codecs import CodedChunk, PipelineCodec
-from lmcache_blend.codecs.pipeline import one_thread
+from lmcache_blend.codecs.threads import one_thread
 from lmcache_blend.engine import values
 from lmcache_blend.engine.level import Level
 from lmcache_blend.engine.reading import read
@@ -73,6 +73,7 @@ class LayerReads:
         self.waited = 0.0
         self._engine, self._level = engine, level
         self._chunks: list[Arriving] = []
+        self._left = 0
         self._began, self._ended = time.perf_counter(), 0.0
         self._news = threading.Condition()
 
@@ -91,7 +92,7 @@ class LayerReads:
                 continue
             slots.append(room(keys[i], size))
             rows.append(i)
-            buffers.append((np.empty(size, np.uint8) if slots[-1] is None else slots[-1]).data)
+            buffers.append((self._engine.landing(size) if slots[-1] is None else slots[-1]).data)
         wanted = [keys[i] for i in rows]
         first = [b if len(b) <= WHOLE else b[: values.HEAD_GUESS] for b in buffers]
         done = level.get(wanted, first, [0] * len(rows))
@@ -103,8 +104,9 @@ class LayerReads:
             except CorruptChunkError as error:
                 level.failed(keys[i], error)
         starts = sorted({start for chunk in self._chunks for start in _starts(chunk)})
+        self._left = len(starts)
         for layer in starts:
-            self._engine.workers.submit(self._bring, layer, priority=layer)
+            self._engine.workers.submit(self._bring_and_leave, layer, priority=layer)
         return out
 
     def _open(self, key: bytes, data: memoryview, got: memoryview, slot: np.ndarray | None, outcome: Outcome) -> Stored:
@@ -125,6 +127,19 @@ class LayerReads:
         (outcome,) = self._level.get([key], [data[start:end]], [start])
         if isinstance(outcome, Miss):
             raise _Unread(outcome)
+
+    def _bring_and_leave(self, layer: int) -> None:
+        try:
+            self._bring(layer)
+        except Exception as error:  # whatever it is, nobody may wait for what does not come
+            for chunk in self._chunks:
+                if chunk.lost is None and None in chunk.layers:
+                    self._lose(chunk, self._level.failed(chunk.key, error))
+        finally:
+            with self._news:
+                self._left -= 1
+                if not self._left:
+                    self._chunks = []  # they know this object: memory must not wait for the cycle to be found
 
     def _bring(self, layer: int) -> None:
         """Read and decode the groups that begin at a layer."""
@@ -170,7 +185,8 @@ class LayerReads:
                 out.append(error)
         for (kind, group), rows in together.items():
             try:
-                found = kind.decode_together([here[i][0].coded for i in rows], group)  # pyright: ignore
+                coded = [here[i][0].coded for i in rows]
+                found = kind.decode_together(coded, group, self._engine.landing)  # pyright: ignore
             except Exception:  # whose fault it is comes out one by one
                 found = [_alone(here[i][0], group) for i in rows]
             for i, pairs in zip(rows, found, strict=True):

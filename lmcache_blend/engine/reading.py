@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from lmcache_blend.codecs.pipeline import fresh
 from lmcache_blend.engine import values
 from lmcache_blend.engine.level import Level
 from lmcache_blend.engine.tiers.base import Miss, Outcome
@@ -25,11 +26,12 @@ def read(
     room: Room = lambda key, nbytes: None,
     filled: Filled = lambda key, chunk, slot: None,
     leaving: bool = False,
+    landing: Callable[[int], np.ndarray] = fresh,
 ) -> list[Read]:
     """Whole chunks of one level.
 
-    leaving: also those that are just being evicted.
-    into: buffers to read into. room: gives the memory to read a value into, or None for fresh memory. filled: called
+    leaving: also those that are just being evicted. landing: gives memory where neither into nor room does.
+    into: buffers to read into. room: gives the memory to read a value into, or None. filled: called
     with every chunk that came out well, and with its raw value where that lies in memory that `room` gave.
     Raises ConfigError for a buffer that is too short.
     """
@@ -51,7 +53,7 @@ def read(
                 continue
         else:
             slot = room(keys[i], size)
-            buffer = (np.empty(size, np.uint8) if slot is None else slot).data
+            buffer = (landing(size) if slot is None else slot).data
         rows.append(i)
         buffers.append(buffer)
         slots.append(slot)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,20 +16,23 @@ from torch import Tensor
 
 from lmcache_blend.blend import Blender, get_policy
 from lmcache_blend.codecs import PipelineCodec, get_codec
+from lmcache_blend.codecs.threads import one_thread_meanwhile
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import KVEngine
 from lmcache_blend.engine.keys import TENANT_BYTES
-from lmcache_blend.engine.pipeline import LayerWriter
+from lmcache_blend.engine.pipeline import Arriving, LayerWriter
 from lmcache_blend.errors import ChunkLostError, ConfigError
 from lmcache_blend.rotary import Angles, RotaryTable
 from lmcache_blend.serving.config import ServingConfig
 from lmcache_blend.serving.kv import PagedKV, PagedLayer
 from lmcache_blend.serving.messages import Load, Save
-from lmcache_blend.types import KVChunk, Prompt
+from lmcache_blend.types import KVChunk, Pair, Prompt
 
 log = logging.getLogger(__name__)
 WARM_TOKENS = 40
 """Coded when the worker starts: more than the sinks, and no whole number of vectors."""
+WARM_BYTES = 256 << 20
+"""Of the memory that values are read into, taken from the system when the worker starts."""
 
 
 @dataclass
@@ -100,7 +104,7 @@ class WorkerHalf:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Code a few tokens both ways: compiling, and reading profiles, is part of starting, not of a request."""
+        """Code a few tokens both ways: compiling, reading profiles and taking memory belong to starting."""
         shapes = [(x.heads, WARM_TOKENS, x.dim) for x in self.layers]
         blocks = torch.zeros(WARM_TOKENS // self.layers[0].block + 1, dtype=torch.int64)
         k, v = self.layers[0].read(blocks.to(self.layers[0].cache.device), 0, WARM_TOKENS)
@@ -108,6 +112,8 @@ class WorkerHalf:
             angles = self.rotary.at(torch.arange(WARM_TOKENS))
             for x in (k, k.contiguous(), k.transpose(1, 2).contiguous().transpose(1, 2)):  # each layout is compiled
                 angles.unrotate(0, *angles.rotate(0, x, v))
+        if any(level.memory is None for level in self.engine.levels):
+            self.engine.landing(WARM_BYTES).fill(0)
         for level in self.engine.levels:
             if level.codec is None:
                 continue
@@ -156,8 +162,10 @@ class WorkerHalf:
             if self.layerwise and not (short or load.asynchronous or load.blend is not None):
                 self._coming.append(coming)
                 return
-            for layer in sorted(coming.left):
-                self._place(coming, layer)
+            reading = kv.blocks.is_cpu and any(isinstance(chunk.layers, Arriving) for chunk, _ in coming.parts)
+            with one_thread_meanwhile() if reading else nullcontext():
+                for layer in sorted(coming.left):
+                    self._place(coming, layer)
             good = coming.good
             self._came(coming)
             if short:
@@ -208,13 +216,14 @@ class WorkerHalf:
         """Write one layer as soon as it has come. Raises ChunkLostError."""
         began = time.perf_counter()
         load, positions, first = coming.load, coming.positions, coming.load.keys[0][1]
-        pairs = [chunk.layers[i] for chunk, _ in coming.parts]
-        k, v = (_joined([pair[slot] for pair in pairs]) for slot in (0, 1))
-        k, v = k[:, load.start - first : coming.good - first], v[:, load.start - first : coming.good - first]
-        if coming.angles is not None:
-            k, v = coming.angles.rotate(i, k, v)
-        device = coming.kv.blocks.device
-        coming.kv.write(i, positions, k[None].to(device), v[None].to(device))
+        pairs, device = [chunk.layers[i] for chunk, _ in coming.parts], coming.kv.blocks.device
+        for at, k, v in _joined(pairs):
+            begin, end = max(first + at, load.start), min(first + at + k.shape[1], coming.good)
+            cut, where = slice(begin - first - at, end - first - at), slice(begin - load.start, end - load.start)
+            k, v = k[:, cut], v[:, cut]
+            if coming.angles is not None:
+                k, v = coming.angles[where].rotate(i, k, v)
+            coming.kv.write(i, positions[where], k[None].to(device), v[None].to(device))
         coming.left.discard(i)
         coming.spent_ms += (time.perf_counter() - began) * 1e3
 
@@ -421,17 +430,28 @@ class WorkerHalf:
                 self.counts[name] = self.counts.get(name, 0) + by
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """[H, T, D] tensors one after another along T: without a copy where they lie so already, decoded together."""
-    first, at = parts[0], parts[0].data_ptr()
-    heads, _, dim = first.shape
-    for x in parts:
-        alike = x.stride() == first.stride() and (x.shape[0], x.shape[2], x.dtype) == (heads, dim, first.dtype)
-        same = x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (alike and same) or x.data_ptr() != at:
-            return torch.cat(list(parts), 1)
-        at += x.shape[1] * x.stride(1) * x.element_size()
-    return first.as_strided((heads, sum(x.shape[1] for x in parts), dim), first.stride())
+def _joined(pairs: Sequence[Pair]) -> list[tuple[int, Tensor, Tensor]]:
+    """(first token, K, V) of pieces [H, T, D] one after another; one piece where they lie so, decoded together."""
+    out: list[tuple[int, Tensor, Tensor]] = []
+    at = 0
+    for pair in pairs:
+        k, v = (_extended(a, b) for a, b in zip(out[-1][1:], pair, strict=True)) if out else (None, None)
+        if k is None or v is None:
+            out.append((at, *pair))
+        else:
+            out[-1] = (out[-1][0], k, v)
+        at += pair[0].shape[1]
+    return out
+
+
+def _extended(a: Tensor, b: Tensor) -> Tensor | None:
+    """Both along T without a copy, where b lies behind a."""
+    (heads, tokens, dim), (h, more, d) = a.shape, b.shape
+    same = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    behind = a.data_ptr() + tokens * a.stride(1) * a.element_size() == b.data_ptr()
+    if not (same and behind) or (heads, dim, a.stride(), a.dtype) != (h, d, b.stride(), b.dtype):
+        return None
+    return a.as_strided((heads, tokens + more, dim), a.stride())
 
 
 def _odd(error: Exception) -> bool:
