@@ -18,6 +18,7 @@ from lmcache_blend.serving.identity import _sample
 from lmcache_blend.serving.matching import CUT_MAX, WINDOW, SegmentIndex, cuts, rolling, with_gaps
 from lmcache_blend.serving.plugin import check_version
 from lmcache_blend.serving.scheduler import BlendRequest
+from lmcache_blend.serving.worker import _joined
 from lmcache_blend.types import Prompt, Trace
 
 
@@ -238,3 +239,14 @@ def test_two_ranks_choose_the_rows_that_one_would(tmp_path):
     whole = chosen(slice(0, 4), None)
     assert [Path(f"{path}.{r}").read_text() for r in (0, 1)] == [str(whole)] * 2
     assert chosen(slice(0, 2), None) != chosen(slice(2, 4), None)  # without the sum they would part ways
+
+
+def test_pieces_that_lie_one_behind_the_other_are_one():
+    rows = torch.randn(9, 2 * 4).unflatten(1, (2, 4)).transpose(0, 1)  # [H, T, D] as a codec decodes them
+    k = [rows[:, :2], rows[:, 2:5], rows[:, 5:]]
+    apart = [*k[:2], k[2].clone()]
+    for pieces, starts in ((k, [0]), (apart, [0, 5]), (k[::-1], [0, 4, 7])):
+        found = _joined([(x, x) for x in pieces])
+        assert [at for at, *_ in found] == starts
+        for slot in (1, 2):
+            assert torch.equal(torch.cat([piece[slot] for piece in found], 1), torch.cat(pieces, 1))
