@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -23,6 +24,7 @@ from lmcache_blend.engine.store import Stored
 from lmcache_blend.engine.tiers.base import check_keys
 from lmcache_blend.engine.workers import Workers
 from lmcache_blend.engine.writing import Writing
+from lmcache_blend.errors import ConfigError
 from lmcache_blend.types import KVChunk
 
 AIO_THREADS = 8
@@ -66,14 +68,20 @@ class KVEngine(Operations):
         self.writing = Writing(self.levels, self.config)
         self.workers = Workers(self.config.threads, "kv-load")
         self._aio = Workers(AIO_THREADS, "kv-aio")
-        self._landing = Arena(LANDING_BYTES, "transparent", pin=False)
+
+    @cached_property
+    def _landing(self) -> Arena | None:
+        try:
+            return Arena(LANDING_BYTES, "transparent", pin=False)
+        except ConfigError:  # the system promises no memory before it is used
+            return None
 
     def landing(self, nbytes: int) -> np.ndarray:
         """[nbytes] uint8 of undefined content to read or decode into, free again when the last view of it is gone.
 
         The same pages are used again and again, because fresh ones cost more than reading into them.
         """
-        slot = self._landing.take(nbytes)
+        slot = None if self._landing is None else self._landing.take(nbytes)
         return np.empty(nbytes, np.uint8) if slot is None else slot
 
     @property
