@@ -46,8 +46,12 @@ class Writing:
     def __init__(self, levels: Sequence[Level], config: EngineConfig):
         self.levels, self.top, self.config = levels, levels[0], config
         self.pending: dict[bytes, KVChunk] = {}
-        # One more than write, so that a batch is ready when the one before it is written.
-        self._queues = [Workers(level.tier.threads + 1, f"kv-write-{level.name}", nice=NICE) for level in levels]
+        # One more than write, so that a batch is ready when the one before it is written. Of those that encode, which
+        # takes threads of its own, two: whoever waits for the interpreter waits for all of them.
+        self._queues = [
+            Workers(2 if level.codec is not None else level.tier.threads + 1, f"kv-write-{level.name}", nice=NICE)
+            for level in levels
+        ]
         self._running: set[Future[None]] = set()
         self._arena: Arena | None = None
         self._relieving = threading.Lock()
