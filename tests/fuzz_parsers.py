@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,14 @@ def damaged_json(rng: Rng, data: bytes) -> Any:
         holder, name = rng.choice(list(leaves(raw)))
         what = rng.random()
         if what < 0.6:
-            holder[name] = rng.choice((*VALUES, *NUMBERS, -1, "\ud800", [0] * 50, {"x": 1}, "1" * 5000))
+            # A copy: what is put in may be damaged next.
+            holder[name] = deepcopy(rng.choice((*VALUES, *NUMBERS, -1, "\ud800", [0] * 50, {"x": 1}, "1" * 5000)))
         elif what < 0.7:
             holder[name] = nested(rng.choice((20, 300)))
         elif isinstance(holder, dict):
             holder[rng.choice((*holder, "self", "x", "", "id", "tiers"))] = holder.pop(name)
         else:
-            holder.append(holder[name])
+            holder.append(deepcopy(holder[name]))
     return raw[0] if raw else None
 
 
@@ -315,7 +317,11 @@ def damaged_yaml(rng: Rng, data: bytes) -> bytes:
                 + b"salt: *m\n",
             )
         )
-    return yaml.safe_dump(damaged_json(rng, json.dumps(yaml.safe_load(data)).encode())).encode("utf-8", "replace")
+    changed = damaged_json(rng, json.dumps(yaml.safe_load(data)).encode())
+    try:
+        return yaml.safe_dump(changed).encode("utf-8", "replace")
+    except RecursionError:  # of PyYAML's writer; JSON is YAML, too
+        return json.dumps(changed).encode()
 
 
 def parsers() -> dict[str, Callable[[], Any]]:

@@ -383,6 +383,10 @@ def test_many_keys_at_once_are_refused(api):
     assert status == 400
     status, _ = api.call("POST", "/v1/lookup", {"tokens": [1] * (1 << 20), "fingerprint": "m", "chunk_tokens": 0})
     assert status == 400
+    status, data = api.call("POST", "/v1/lookup", {"tokens": [1], "fingerprint": "m", "chunk_tokens": 10**3000})
+    assert status == 400
+    assert b"chunk_tokens = 1000" in data
+    assert len(data) < 1500
     status, _ = api.call("POST", "/v1/lookup", {"keys": ["0" * 64] * 60_000})
     assert status == 200
 

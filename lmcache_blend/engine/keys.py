@@ -56,8 +56,8 @@ class Keyer:
     chunk_tokens: int = 256
 
     def __post_init__(self) -> None:
-        if self.chunk_tokens < 1:
-            raise ConfigError(f"chunk_tokens = {self.chunk_tokens}: a chunk has at least 1 token")
+        if not 1 <= self.chunk_tokens < 1 << 32:
+            raise ConfigError(f"chunk_tokens = {str(self.chunk_tokens)[:20]}: a chunk has 1 to {(1 << 32) - 1} tokens")
         for name in ("fingerprint", "salt", "layout"):
             _encoded(name, getattr(self, name))
 
