@@ -29,9 +29,9 @@ from lmcache_blend.codecs.container import Container, Shape, array, join, split
 from lmcache_blend.codecs.entropy import Rans, inflate
 from lmcache_blend.codecs.pipeline import (
     CODED,
+    Allocate,
     CodedChunk,
     PipelineCodec,
-    Room,
     codec_id,
     fresh,
     layers_or_error,
@@ -260,7 +260,7 @@ class FisherCodec(PipelineCodec):
 
     @staticmethod
     def decode_together(
-        chunks: Sequence[CodedChunk], group: int, room: Room = fresh
+        chunks: Sequence[CodedChunk], group: int, room: Allocate = fresh
     ) -> list[list[Pair] | CorruptChunkError]:
         out: list[list[Pair] | CorruptChunkError | None] = [None] * len(chunks)
         fused: list[tuple[int, np.ndarray, Symbols, Plane]] = []
@@ -362,7 +362,7 @@ def _at(curve: list[Mapping[str, float]], step: float, name: str) -> float:
 
 
 def synthesise(
-    chunks: Sequence[tuple[Symbols, Plane]], out: np.ndarray, sinks: bool = False, room: Room = fresh
+    chunks: Sequence[tuple[Symbols, Plane]], out: np.ndarray, sinks: bool = False, room: Allocate = fresh
 ) -> None:
     """The tokens of one group of layers, of several chunks one after another, into out [T, D] float32.
 
@@ -431,7 +431,7 @@ def _coded(chunk: CodedChunk, group: int) -> tuple[np.ndarray, Symbols, Plane] |
     return array(head, "<f2", (plane.channels, skip)), _symbols(side, plane, skip), plane
 
 
-def _matrix(room: Room, rows: int, columns: int) -> np.ndarray:
+def _matrix(room: Allocate, rows: int, columns: int) -> np.ndarray:
     """[rows, columns] float32 of undefined content."""
     return room(4 * rows * columns).view(np.float32).reshape(rows, columns)
 

@@ -24,9 +24,7 @@ from lmcache_blend.types import KVChunk, Pair
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CODED, PLAIN = b"\0", b"\1"
-
-
-Room = Callable[[int], np.ndarray]
+Allocate = Callable[[int], np.ndarray]
 """[n] uint8 of undefined content."""
 
 
@@ -122,7 +120,7 @@ class PipelineCodec(Config):
 
     @staticmethod
     def decode_together(
-        chunks: "Sequence[CodedChunk]", group: int, room: Room = fresh
+        chunks: "Sequence[CodedChunk]", group: int, room: Allocate = fresh
     ) -> "list[list[Pair] | CorruptChunkError]":
         """The layers of one segment of each chunk, as `CodedChunk.layers` gives them, or why there are none.
 

@@ -14,7 +14,7 @@ from lmcache_blend import BlendConfig, Blender, KVEngine, Prompt
 from lmcache_blend.engine import values
 from lmcache_blend.engine.pipeline import LayerReads
 from lmcache_blend.engine.tiers.base import Miss
-from lmcache_blend.errors import ChunkLostError
+from lmcache_blend.errors import ChunkLostError, CorruptChunkError
 from lmcache_blend.types import KVChunk
 
 
@@ -153,13 +153,20 @@ def test_chunks_lost_in_the_middle_of_a_forward_are_recomputed(tiny, watched, po
         assert close(out.logits, full(tiny, prompt))
 
 
-def test_nobody_waits_for_what_an_unforeseen_error_has_stopped(watched, monkeypatch):
+@pytest.mark.parametrize("corrupt", [False, True])
+def test_nobody_waits_for_what_an_unforeseen_error_has_stopped(watched, monkeypatch, corrupt):
     with open_engine() as engine:
         engine.store(keys(1), [chunk(0)], wait=True)
-        monkeypatch.setattr(LayerReads, "_decode", lambda *_: 1 / 0)
+        error = CorruptChunkError("whose it is nobody knows") if corrupt else ZeroDivisionError()
+
+        def fail(*_):
+            raise error
+
+        monkeypatch.setattr(LayerReads, "_decode", fail)
         (stored,) = engine.load(keys(1))
-        with pytest.raises(ChunkLostError, match="ZeroDivisionError"):
+        with pytest.raises(ChunkLostError, match=type(error).__name__):
             tuple(stored.chunk.layers)
+        assert engine.lookup(keys(1)).prefix == 1, "nothing is deleted for it"
 
 
 @pytest.mark.parametrize("codec", [None, "lossless", "fisher_klt"])

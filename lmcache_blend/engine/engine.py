@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmcache_blend.codecs.pipeline import fresh
 from lmcache_blend.engine import values
 from lmcache_blend.engine.aio import Async
 from lmcache_blend.engine.arena import Arena
@@ -82,7 +83,7 @@ class KVEngine(Operations):
         The same pages are used again and again, because fresh ones cost more than reading into them.
         """
         slot = None if self._landing is None else self._landing.take(nbytes)
-        return np.empty(nbytes, np.uint8) if slot is None else slot
+        return fresh(nbytes) if slot is None else slot
 
     @property
     def aio(self) -> Async:

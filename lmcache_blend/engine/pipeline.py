@@ -132,9 +132,12 @@ class LayerReads:
         try:
             self._bring(layer)
         except Exception as error:  # whatever it is, nobody may wait for what does not come
+            self._level.metrics.error(error)
+            miss = Miss("error", f"{type(error).__name__}: {error}")  # no chunk is deleted for what may be another's
             for chunk in self._chunks:
                 if chunk.lost is None and None in chunk.layers:
-                    self._lose(chunk, self._level.failed(chunk.key, error))
+                    self._level.missed(chunk.key, miss)
+                    self._lose(chunk, miss)
         finally:
             with self._news:
                 self._left -= 1

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lmcache_blend.codecs.pipeline import fresh
+from lmcache_blend.codecs.pipeline import Allocate, fresh
 from lmcache_blend.engine import values
 from lmcache_blend.engine.level import Level
 from lmcache_blend.engine.tiers.base import Miss, Outcome
@@ -26,7 +26,7 @@ def read(
     room: Room = lambda key, nbytes: None,
     filled: Filled = lambda key, chunk, slot: None,
     leaving: bool = False,
-    landing: Callable[[int], np.ndarray] = fresh,
+    landing: Allocate = fresh,
 ) -> list[Read]:
     """Whole chunks of one level.
 
