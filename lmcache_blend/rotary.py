@@ -61,6 +61,11 @@ class Angles:
         at = [t.cos[min(1, len(t.cos) - 1)] for t in seen.values()]
         return b"".join(x.cpu().numpy().tobytes() for x in at)
 
+    def of(self, layer: int, slot: int) -> tuple[Turn | None, RotarySlice | None]:
+        """By what K (slot 0) or V (1) of a layer turns, (None, None) if it does not."""
+        piece = self.layers[layer]
+        return (self.turns[layer], piece) if piece is not None and piece.slot == slot else (None, None)
+
     def rotate(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-RoPE pair [..., T, D] -> the pair at these positions."""
         return self._apply(layer, k, v, inverse=False)

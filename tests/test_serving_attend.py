@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmcache_blend.serving import attend
-from lmcache_blend.serving.attend import PagedAttention, Probed, kernel_fits, unknown, window_of
+from lmcache_blend.serving.attend import PagedAttention, Rows, kernel_fits, unknown, window_of
 from lmcache_blend.serving.kv import PagedKV, PagedLayer
 from lmcache_blend.triton_kernels.attention import selective_attention_reference
 
@@ -99,10 +99,10 @@ def test_rows_and_probes_agree_with_dense_attention(monkeypatch, forced, window,
     wanted, _, mass = selective_attention_reference(
         q.transpose(0, 1)[None], k, v, positions[None], mask, 0.125, window, cap or None
     )
-    out, seen, values = attention.probe(q, kv, Probed(positions, hidden if hide else None))
+    out, seen, values = attention.probe(q, kv, Rows(positions, hidden if hide else None))
     torch.testing.assert_close(out, wanted[0].transpose(0, 1).float(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(seen, mass[0].float(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(values, v[0])
     if not hide:
-        out = attention.rows(q, kv, positions)
+        out = attention.rows(q, kv, Rows(positions))
         torch.testing.assert_close(out, wanted[0].transpose(0, 1).float(), atol=1e-5, rtol=1e-5)

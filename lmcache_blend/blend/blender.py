@@ -18,7 +18,7 @@ from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import ChunkStore, MemoryStore, Stored, chunk_key, context_digest
 from lmcache_blend.errors import ChunkLostError, ConfigError
 from lmcache_blend.rotary import Angles
-from lmcache_blend.triton_kernels.place import place
+from lmcache_blend.triton_kernels.place import Pages, place
 from lmcache_blend.types import KVChunk, Prompt, Trace
 
 
@@ -41,14 +41,12 @@ class _Loader:
         self.parts = [angles[h.start + h.skip : h.end] for h in hits]
         self.positions = torch.cat([torch.arange(h.start + h.skip, h.end) for h in hits])
 
-    def __call__(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def __call__(self, layer: int, k: Tensor | Pages, v: Tensor | Pages) -> None:
         began = time.perf_counter()
         for hit, part in zip(self.hits, self.parts, strict=True):
-            piece, turn = part.layers[layer], part.turns[layer]
             for slot, buffer in ((0, k), (1, v)):
                 source = hit.chunk.layers[layer][slot][:, hit.skip :].to(buffer.device)
-                turning = turn if piece is not None and piece.slot == slot else None
-                place(buffer, source, hit.start + hit.skip, turning, piece)
+                place(buffer, source, hit.start + hit.skip, *part.of(layer, slot))
         self.times["place"] = self.times.get("place", 0.0) + time.perf_counter() - began
 
 

@@ -1,9 +1,10 @@
-"""How chosen rows attend to the paged KV of one request: which of them go through this package's kernel, and probes.
+"""How chosen rows attend to the paged KV of one request: by vLLM's backend, by this package's kernel, or as a matrix.
 
 On CUDA and ROCm the recomputed rows of a layer go through `selective_attention` over the blocks themselves, with their
-true positions: one launch, whatever the runs of rows are. What the kernel does not know stays with the backend of vLLM
-(`unknown`, `kernel_fits`), as does everything on CPU. Probes take the same operators where they run on a GPU, so that
-no dense copy of K is made there.
+true positions: one launch, whatever the runs of rows are. On CPU, float32 is copied out of the blocks and goes through
+`row_attention`, which needs a third of the time of vLLM's kernel where rows are scattered. What neither knows stays
+with the backend of vLLM (`unknown`, `kernel_fits`). Probes take the same operators where they run on a GPU, so that no
+dense copy of K is made there.
 
 The choice and the operators' CPU path are tested in a real vLLM on CPU; the kernels themselves were validated apart
 from vLLM, and the two together have not been run on a GPU.
@@ -17,6 +18,7 @@ from torch import Tensor
 from lmcache_blend.serving.kv import PagedKV, PagedLayer
 from lmcache_blend.triton_kernels.attention import (
     attention_mass,
+    row_attention,
     row_attention_mass,
     selective_attention,
     selective_attention_lse,
@@ -24,6 +26,8 @@ from lmcache_blend.triton_kernels.attention import (
 
 DEVICES = frozenset({"cuda"})
 """Device types whose recomputed rows go through the kernel; torch calls ROCm's cuda too. Tests add "cpu"."""
+MASK_NUMBERS = 1 << 24
+"""Of a mask, rows times keys, at most; longer ones stay with the backend."""
 HEAD_DIMS = range(16, 257, 8)
 """Head sizes whose tiles the kernel is compiled for."""
 
@@ -56,7 +60,8 @@ def kernel_fits(device: str, dim: int, rows_in_memory: bool, extra: str) -> bool
 
 
 class PagedAttention:
-    """Attention of one layer over paged KV. by_kernel: whether its recomputed rows go through the kernel."""
+    """Attention of one layer over paged KV. by_kernel: whether its recomputed rows go through the kernel; dense:
+    whether its keys are copied out of their blocks."""
 
     def __init__(self, layer: PagedLayer):
         impl = layer.attention.impl
@@ -65,18 +70,29 @@ class PagedAttention:
         self.soft_cap: float | None = getattr(impl, "logits_soft_cap", None) or None
         near = layer.k.stride(3) == layer.v.stride(3) == 1
         self.by_kernel = kernel_fits(layer.cache.device.type, layer.dim, near, self.extra)
+        self.dense = layer.direct and self.soft_cap is None and not self.extra and not self.by_kernel
         self.options: dict[str, Any] = {
             "scale": self.scale, "window": self.window, "soft_cap": self.soft_cap, "layout": "HND"
         }  # fmt: skip
 
-    def rows(self, q: Tensor, kv: PagedKV, positions: Tensor) -> Tensor:
-        """Attention [N, Hq, D] of q [N, Hq, D] at positions [N] over the request's KV, which holds theirs already."""
-        table = kv.blocks[None].int()
-        x = self.layer
-        out = selective_attention(q.transpose(0, 1)[None], x.k, x.v, positions[None], table, **self.options)
+    def takes(self, rows: int, keys: int) -> bool:
+        """Whether so many rows of a prompt are computed here, not by the backend."""
+        return self.by_kernel or (self.dense and rows * keys <= MASK_NUMBERS)
+
+    def rows(self, q: Tensor, kv: PagedKV, rows: "Rows") -> Tensor:
+        """Attention [N, Hq, D] of q [N, Hq, D] over the request's KV, which holds theirs already."""
+        x, query = self.layer, q.transpose(0, 1)[None]
+        if self.dense:
+            keys = rows.last[-1] + 1
+            k, v = x.pages(kv.blocks, keys)
+            mask = rows.visible(self.window, keys, query.dtype)
+            out = row_attention(query, k.contiguous()[None], v[None], mask, rows.last, self.scale)
+        else:
+            table = kv.blocks[None].int()
+            out = selective_attention(query, x.k, x.v, rows.positions[None], table, **self.options)
         return out[0].transpose(0, 1)
 
-    def probe(self, q: Tensor, kv: PagedKV, probed: "Probed") -> tuple[Tensor, Tensor, Tensor]:
+    def probe(self, q: Tensor, kv: PagedKV, probed: "Rows") -> tuple[Tensor, Tensor, Tensor]:
         """Attention [N, Hq, D] of the probed rows' q [N, Hq, D]; what each token gets [Hq, T] float32, mean over the
         rows; and values [H, T, D]."""
         x, query, keys = self.layer, q.transpose(0, 1)[None], kv.length
@@ -93,11 +109,11 @@ class PagedAttention:
         return out[0].transpose(0, 1), mass[0], x.pages(kv.blocks, keys)[1]
 
 
-class Probed:
-    """Rows of a probe at positions [N], ascending, which do not see hidden [T] bool; additive masks, made once."""
+class Rows:
+    """Rows at positions [N], ascending, which do not see hidden [T] bool; additive masks, made once for all layers."""
 
-    def __init__(self, positions: Tensor, hidden: Tensor | None):
-        self.positions, self.hidden, self.last = positions, hidden, [int(positions[-1])]
+    def __init__(self, positions: Tensor, hidden: Tensor | None = None):
+        self.positions, self.hidden, self.last = positions, hidden, positions.tolist()
         self._masks: dict[tuple, Tensor] = {}
 
     def visible(self, window: int | None, keys: int, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 Writing goes through the attention implementation's own do_kv_cache_update. Reading needs to know the inside of a block,
 which is the backend's own affair (on CPU the view's token axis is false: keys are kept transposed). So a few layouts
 are tried on a block that was written by the backend itself, and the one that reads back the same numbers is taken.
+Stored KV of float32 on CPU is written into these views, since keys can turn on the way there: half the time.
 
 B tokens of a block, H KV heads of this rank, D head dim, T tokens of a prompt.
 """
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from lmcache_blend.errors import UnsupportedModelError
+from lmcache_blend.rotary import Angles
+from lmcache_blend.triton_kernels.place import Pages, place
 
 Views = tuple[Tensor, Tensor]
 Layout = Callable[[Tensor, int, int, int], Views]
@@ -77,6 +80,7 @@ class PagedLayer:
         self.heads, self.dim = attention.num_kv_heads, attention.head_size
         # The CPU's cache update takes any strides of tokens and heads, not of dims; GPUs' take rows of heads.
         self.strided = cache.device.type == "cpu"
+        self.direct = self.strided and cache.dtype == torch.float32
         self.k, self.v = self._learn(scratch)
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -157,11 +161,30 @@ class PagedKV:
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
         self.layers[layer].write(self.slots(layer, positions), k[0].transpose(0, 1), v[0].transpose(0, 1))
 
+    def pages(self, layer: int) -> tuple[Pages, Pages]:
+        x = self.layers[layer]
+        return Pages(x.k, self.blocks), Pages(x.v, self.blocks)
+
+    def place(self, layer: int, start: int, k: Tensor, v: Tensor, angles: Angles | None) -> None:
+        """Stored K, V [H, n, D] to positions from `start` on, turned by their angles, None where they are turned."""
+        if self.layers[layer].direct:
+            for slot, (target, x) in enumerate(zip(self.pages(layer), (k, v), strict=True)):
+                place(target, x, start, *((None, None) if angles is None else angles.of(layer, slot)))
+            return
+        k, v = (k, v) if angles is None else angles.rotate(layer, k, v)
+        positions = torch.arange(start, start + k.shape[1])
+        self.write(layer, positions, *(x[None].to(self.blocks.device) for x in (k, v)))
+
     def fill_with(self, loader: Any) -> None:
-        """Call loader(layer, k, v) on a dense staging pair [H, T, D] for every layer, and write what it placed.
+        """Call loader(layer, k, v) for every layer on its pages, or on a dense staging pair [H, T, D] that is written
+        afterwards.
 
         loader.positions: [n] int64, ascending, the positions that it fills; others are left as they are.
         """
+        if all(layer.direct for layer in self.layers):
+            for i in range(len(self.layers)):
+                loader(i, *self.pages(i))
+            return
         positions: Tensor = loader.positions
         breaks = [0, *((positions.diff() != 1).nonzero().flatten() + 1).tolist(), len(positions)]
         runs = [(int(positions[a]), int(positions[b - 1]) + 1) for a, b in pairwise(breaks) if b > a]

@@ -2,7 +2,7 @@
 
 The chosen rows are split into runs of consecutive positions, and each run is submitted as one pseudo-request whose
 sequence ends with the run, over the same block table: stock attention kernels then apply the exact causal mask (and the
-sliding window). Where this package's own kernel fits (`attend`), it takes the place of the backend's for these rows.
+sliding window). Where this package's own operators fit (`attend`), they take the backend's place for these rows.
 Rows beyond the batch budget go in slices; as they ascend, a later slice finds the keys of an earlier one in the cache,
 layer by layer. The forward runs without CUDA graphs.
 
@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from lmcache_blend.blend.runner import Computed, Plan
 from lmcache_blend.errors import ConfigError, ContextLengthError, UnsupportedModelError
-from lmcache_blend.serving.attend import PagedAttention, Probed
+from lmcache_blend.serving.attend import PagedAttention, Rows
 from lmcache_blend.serving.kv import PagedKV
 from lmcache_blend.serving.learn import learn_rotary, paged_layers, row_cost
 
@@ -161,14 +161,14 @@ class VLLMRunner:
         def stop(*_: Any, **named: Any) -> None:
             raise Stop
 
-        with self._by_kernel(kv, rows), _replaced(self.impls[-1:], "forward", lambda i, own: stop), suppress(Stop):
+        with self._by_operators(kv, rows), _replaced(self.impls[-1:], "forward", lambda i, own: stop), suppress(Stop):
             self.run(ids, kv, rows)
 
     @contextmanager
-    def _by_kernel(self, kv: PagedKV, rows: Tensor) -> Iterator[None]:
-        """Attention of the rows through this package's kernel, in the layers where it fits."""
-        fits = [a for a in self.attention if a.by_kernel]
-        positions = rows.to(self.device)
+    def _by_operators(self, kv: PagedKV, rows: Tensor) -> Iterator[None]:
+        """Attention of the rows through this package's operators, in the layers where they fit."""
+        fits = [a for a in self.attention if a.takes(len(rows), kv.length)]
+        chosen = Rows(rows.to(self.device))
 
         def attend(i: int, own: Any) -> Callable[..., Any]:
             def forward(
@@ -177,7 +177,7 @@ class VLLMRunner:
                 if any(x is not None for x in (*rest, *kw.values())):  # scales of a quantised output
                     return own(layer, q, k, v, cache, metadata, output, *rest, **kw)
                 n, dim = len(rows), fits[i].layer.dim
-                out = fits[i].rows(q[:n].view(n, -1, dim), kv, positions)
+                out = fits[i].rows(q[:n].view(n, -1, dim), kv, chosen)
                 output[:n].view(n, -1, dim).copy_(out)
                 return output
 
@@ -197,7 +197,7 @@ class VLLMRunner:
         with _replaced([self.impls[layer]], "do_kv_cache_update", lambda i, own: stop):
             for part in self.slices(rows):
                 try:
-                    with self._by_kernel(kv, part):
+                    with self._by_operators(kv, part):
                         self.run(ids, kv, part)
                 except Stop:
                     continue
@@ -210,7 +210,7 @@ class VLLMRunner:
         """Run plan.rows with attention that leaves out hidden positions, and hand its weights to plan.tap."""
         tap, rows = plan.tap, plan.rows[0].to(self.device)
         assert tap is not None
-        probed = Probed(rows, None if plan.hidden is None else plan.hidden.to(self.device))
+        probed = Rows(rows, None if plan.hidden is None else plan.hidden.to(self.device))
         for attention in self.attention:
             if attention.extra:
                 raise UnsupportedModelError(

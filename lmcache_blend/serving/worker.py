@@ -26,6 +26,7 @@ from lmcache_blend.rotary import Angles, RotaryTable
 from lmcache_blend.serving.config import ServingConfig
 from lmcache_blend.serving.kv import PagedKV, PagedLayer
 from lmcache_blend.serving.messages import Load, Save
+from lmcache_blend.triton_kernels.place import Pages, place
 from lmcache_blend.types import KVChunk, Pair, Prompt
 
 log = logging.getLogger(__name__)
@@ -51,12 +52,8 @@ class Coming:
     spent_ms: float = 0.0
 
     @cached_property
-    def positions(self) -> Tensor:
-        return torch.arange(self.load.start, self.good)
-
-    @cached_property
     def angles(self) -> Angles | None:
-        return None if self.rotary is None else self.rotary.at(self.positions)
+        return None if self.rotary is None else self.rotary.at(torch.arange(self.load.start, self.good))
 
 
 class Leaving(NamedTuple):
@@ -110,8 +107,8 @@ class WorkerHalf:
         k, v = self.layers[0].read(blocks.to(self.layers[0].cache.device), 0, WARM_TOKENS)
         if self.rotary is not None and k.is_cpu:
             angles = self.rotary.at(torch.arange(WARM_TOKENS))
-            for x in (k, k.contiguous(), k.transpose(1, 2).contiguous().transpose(1, 2)):  # each layout is compiled
-                angles.unrotate(0, *angles.rotate(0, x, v))
+            angles.unrotate(0, k, v)
+            place(Pages(torch.zeros_like(k)[None], blocks[:1]), k, 0, *angles.of(0, 0))
         if any(level.memory is None for level in self.engine.levels):
             self.engine.landing(WARM_BYTES).fill(0)
         for level in self.engine.levels:
@@ -215,15 +212,12 @@ class WorkerHalf:
     def _place(self, coming: Coming, i: int) -> None:
         """Write one layer as soon as it has come. Raises ChunkLostError."""
         began = time.perf_counter()
-        load, positions, first = coming.load, coming.positions, coming.load.keys[0][1]
-        pairs, device = [chunk.layers[i] for chunk, _ in coming.parts], coming.kv.blocks.device
-        for at, k, v in _joined(pairs):
+        load, first = coming.load, coming.load.keys[0][1]
+        for at, k, v in _joined([chunk.layers[i] for chunk, _ in coming.parts]):
             begin, end = max(first + at, load.start), min(first + at + k.shape[1], coming.good)
             cut, where = slice(begin - first - at, end - first - at), slice(begin - load.start, end - load.start)
-            k, v = k[:, cut], v[:, cut]
-            if coming.angles is not None:
-                k, v = coming.angles[where].rotate(i, k, v)
-            coming.kv.write(i, positions[where], k[None].to(device), v[None].to(device))
+            angles = None if coming.angles is None else coming.angles[where]
+            coming.kv.place(i, begin, k[:, cut], v[:, cut], angles)
         coming.left.discard(i)
         coming.spent_ms += (time.perf_counter() - began) * 1e3
 

@@ -7,10 +7,12 @@ have no place: scatter skips them, gather gives zeros.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lmcache_blend.triton_kernels.launch import launch, on_triton
 from lmcache_blend.triton_kernels.operator import operator
+from lmcache_blend.triton_kernels.paged.cpu import scatter_f32
 from lmcache_blend.triton_kernels.paged.reference import gather_reference, scatter_reference
 from lmcache_blend.triton_kernels.rotation.ops import blocks, check_turn, power_of_2, same_stride
 from lmcache_blend.types import RotarySlice, Turn
@@ -30,8 +32,9 @@ def scatter(
 ) -> None:
     """Write x [H, n, D] to tokens of a cache [blocks, block size, H, D], or [blocks, H, block size, D] where "HND".
 
-    turn: cos, sin [n, R/2] by which the dims of `piece` turn on the way (pre-RoPE keys). Raises ValueError where shapes
-    do not fit and, on CPU, IndexError where a position lies outside the cache.
+    turn: cos, sin [n, R/2] by which the dims of `piece` turn on the way (pre-RoPE keys). On CPU the cache
+    may have any strides. Raises ValueError where shapes do not fit and, on CPU, IndexError where a position lies
+    outside the cache.
     """
     _scatter(nhd(cache, layout), x, positions, block_table, start, *unpack_turn(turn, piece))
 
@@ -68,9 +71,9 @@ def nhd(cache: Tensor, layout: Layout) -> Tensor:
     return cache if layout == "NHD" else cache.transpose(1, 2)
 
 
-def check_cache(cache: Tensor, heads: int, dim: int) -> None:
-    """Raises ValueError unless it is [blocks, block size, heads, dim] with contiguous dims."""
-    if cache.dim() != 4 or cache.shape[2:] != (heads, dim) or cache.stride(3) != 1:
+def check_cache(cache: Tensor, heads: int, dim: int, strided: bool = False) -> None:
+    """Raises ValueError unless it is [blocks, block size, heads, dim] with contiguous dims; strided: or others."""
+    if cache.dim() != 4 or cache.shape[2:] != (heads, dim) or (cache.stride(3) != 1 and not strided):
         raise ValueError(
             f"a cache of shape {tuple(cache.shape)} and strides {cache.stride()} does not hold "
             f"[blocks, block size, {heads} heads, {dim} dims] with contiguous dims"
@@ -89,12 +92,17 @@ def _run_scatter(
     interleaved: bool,
 ) -> None:
     heads, tokens, dim = x.shape
-    check_cache(cache, heads, dim)
+    triton = on_triton(cache, x, positions, block_table, cos, sin)
+    check_cache(cache, heads, dim, strided=not triton)
     if positions is not None and positions.shape != (tokens,):
         raise ValueError(f"{tuple(positions.shape)} positions do not name {tokens} tokens")
     if cos is not None and sin is not None:
         check_turn(tokens, dim, first, cos, sin)
-    if not on_triton(cache, x, positions, block_table, cos, sin):
+    if not triton and cache.dtype == x.dtype == torch.float32 and cache.is_cpu:
+        where = torch.arange(start, start + tokens) if positions is None else positions
+        scatter_f32(cache, x, where, block_table, cos, sin, first, interleaved)
+        return
+    if not triton:
         scatter_reference(cache, x, positions, block_table, start, cos, sin, first, interleaved)
         return
     from lmcache_blend.triton_kernels.paged.kernels import scatter_kernel

@@ -1,22 +1,39 @@
 """Placing: shape checks and dispatch by device and dtype. On a GPU a dense buffer is a cache of one large block."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lmcache_blend.triton_kernels.launch import on_triton
-from lmcache_blend.triton_kernels.paged.ops import scatter
+from lmcache_blend.triton_kernels.paged.cpu import scatter_f32
+from lmcache_blend.triton_kernels.paged.ops import scatter, unpack_turn
 from lmcache_blend.triton_kernels.place.reference import place_reference
 from lmcache_blend.triton_kernels.rotation.cpu import turn_f32
 from lmcache_blend.types import RotarySlice, Turn
 
 
-def place(target: Tensor, source: Tensor, start: int, turn: Turn | None, piece: RotarySlice | None) -> None:
+class Pages(NamedTuple):
+    """A target in blocks: cache [blocks, H, block size, D], and the table [M] of one prompt's blocks."""
+
+    cache: Tensor
+    table: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.device
+
+
+def place(target: Tensor | Pages, source: Tensor, start: int, turn: Turn | None, piece: RotarySlice | None) -> None:
     """Write source [H, n, D] (pre-RoPE) into target [H, T, D] at position start, turned by (cos, sin) [n, R/2].
 
     turn or piece None: plain copy. float32 on CPU takes the fused path; every other dtype there the torch path.
-    Raises ValueError where the shapes do not fit.
+    Raises ValueError where the shapes do not fit, IndexError where pages end before the source.
     """
     heads, n, dim = source.shape
+    if isinstance(target, Pages):
+        _place_in_pages(target, source, start, turn, piece)
+        return
     if target.shape[0] != heads or target.shape[2] != dim or start < 0 or start + n > target.shape[1]:
         raise ValueError(f"cannot place {tuple(source.shape)} at {start} of {tuple(target.shape)}")
     if turn is not None and piece is not None and turn.cos.shape != (n, (piece.stop - piece.start) // 2):
@@ -26,14 +43,16 @@ def place(target: Tensor, source: Tensor, start: int, turn: Turn | None, piece: 
     elif turn is None or piece is None:
         target[:, start : start + n].copy_(source)
     elif target.dtype == source.dtype == torch.float32:
-        turn_f32(
-            target.numpy(),
-            source.numpy(),
-            start,
-            turn.cos.numpy(),
-            turn.sin.numpy(),
-            piece.start,
-            piece.pairing == "interleaved",
-        )
+        turning = turn.cos, turn.sin, piece.start, piece.pairing == "interleaved"
+        turn_f32(target[:, start : start + n], source, *turning)
     else:
         place_reference(target, source, start, turn, piece)
+
+
+def _place_in_pages(target: Pages, source: Tensor, start: int, turn: Turn | None, piece: RotarySlice | None) -> None:
+    cache, table = target
+    if cache.dtype != source.dtype or cache.dtype != torch.float32 or on_triton(cache, source):
+        scatter(cache, source, None, table, start, turn, piece, layout="HND")
+        return
+    positions = torch.arange(start, start + source.shape[1])
+    scatter_f32(cache.transpose(1, 2), source, positions, table, *unpack_turn(turn, piece))

@@ -113,7 +113,7 @@ def _run_move(
 def _on_cpu(x: Tensor, cos: Tensor, sin: Tensor, first: int, interleaved: bool) -> Tensor:
     source = x.detach().reshape(-1, *x.shape[-2:])
     out = source.new_empty(source.shape)
-    turn_f32(out.numpy(), source.numpy(), 0, cos.detach().numpy(), sin.detach().numpy(), first, interleaved)
+    turn_f32(out, source, cos, sin, first, interleaved)
     return out.view(x.shape)
 
 
