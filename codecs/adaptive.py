@@ -7,6 +7,7 @@ spread is so far below the step that everything rounds to 0, nothing is coded at
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numba as nb
 import numpy as np
@@ -83,6 +84,7 @@ def _layout(classes, ids):
     return order, bounds, offsets, tables, lengths
 
 
+@lru_cache(maxsize=64)
 def class_steps(step: int) -> np.ndarray:
     """[CLASSES] float32 steps of a base step in 1/64 octaves."""
     return np.exp2((step + (np.arange(CLASSES) - MIDDLE) * (UNITS // 2)) / UNITS).astype(np.float32)

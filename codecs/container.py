@@ -10,6 +10,7 @@ unpickled; sizes are checked before anything is allocated.
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -217,7 +218,7 @@ def split(data: bytes | memoryview, count: int) -> list[memoryview]:
 
 def array(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """Bytes as an array of that shape; raises CorruptChunkError where the number of bytes differs."""
-    wanted = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+    wanted = math.prod(shape) * np.dtype(dtype).itemsize
     if len(data) != wanted:
         raise CorruptChunkError(f"{len(data)} bytes are not the {wanted} of {dtype} {list(shape)}")
     return np.frombuffer(data, dtype).reshape(shape)

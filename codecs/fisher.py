@@ -25,7 +25,7 @@ import torch
 
 from lmcache_blend.codecs import adaptive, rans
 from lmcache_blend.codecs.base import codecs
-from lmcache_blend.codecs.container import Container, Shape, array, join, split
+from lmcache_blend.codecs.container import Container, Header, Shape, array, join, split
 from lmcache_blend.codecs.entropy import Rans, inflate
 from lmcache_blend.codecs.pipeline import (
     CODED,
@@ -270,17 +270,17 @@ class FisherCodec(PipelineCodec):
             except CorruptChunkError as error:
                 out[i] = error
                 continue
-            if found is not None and (not fused or _alike(found[2], fused[0][3])):
+            if found is not None and (not fused or _alike(chunk, chunks[fused[0][0]], group)):
                 fused.append((i, *found))
         if fused:
             rows = _matrix(room, sum(plane.tokens for *_, plane in fused), fused[0][3].channels)
             synthesise([(symbols, plane) for *_, symbols, plane in fused], rows, sinks=True, room=room)
-            whole, at = torch.from_numpy(rows), 0
-            for i, sinks, _, plane in fused:
+            at = 0
+            for _, sinks, _, plane in fused:
                 rows[at : at + sinks.shape[1]] = sinks.T
-                pairs = unstack(whole[at : at + plane.tokens], plane, chunks[i].header)
-                out[i] = [(pairs[n, 0], pairs[n, 1]) for n in range(plane.first, plane.first + len(plane.shapes))]
                 at += plane.tokens
+            for i, pairs in zip((i for i, *_ in fused), _apart(rows, fused, chunks[fused[0][0]].header), strict=True):
+                out[i] = pairs
         return [layers_or_error(chunks[i], group) if pairs is None else pairs for i, pairs in enumerate(out)]
 
     @property
@@ -431,14 +431,27 @@ def _coded(chunk: CodedChunk, group: int) -> tuple[np.ndarray, Symbols, Plane] |
     return array(head, "<f2", (plane.channels, skip)), _symbols(side, plane, skip), plane
 
 
+def _apart(
+    rows: np.ndarray, fused: Sequence[tuple[int, np.ndarray, Symbols, Plane]], header: Header
+) -> list[list[Pair]]:
+    """Rows of tokens of several chunks, one after another, as the layers of each."""
+    plane, sizes = fused[0][3], [plane.tokens for *_, plane in fused]
+    found = unstack(torch.from_numpy(rows), plane, header)
+    parts = {place: x.split(sizes, 1) for place, x in found.items()}
+    layers = range(plane.first, plane.first + len(plane.shapes))
+    return [[(parts[n, 0][c], parts[n, 1][c]) for n in layers] for c in range(len(fused))]
+
+
 def _matrix(room: Allocate, rows: int, columns: int) -> np.ndarray:
     """[rows, columns] float32 of undefined content."""
     return room(4 * rows * columns).view(np.float32).reshape(rows, columns)
 
 
-def _alike(plane: Plane, other: Plane) -> bool:
-    """Whether two planes are of the same layers and the same profile."""
-    return plane.first == other.first and plane.shapes == other.shapes and plane.profile is other.profile
+def _alike(chunk: CodedChunk, other: CodedChunk, group: int) -> bool:
+    """Whether a group of both has the same layers, types and profile."""
+    a, b = chunk.planes[group][0], other.planes[group][0]
+    same = a.first == b.first and a.shapes == b.shapes and a.profile is b.profile
+    return same and chunk.header.dtypes == other.header.dtypes
 
 
 def _group(plane: Plane) -> Group:

@@ -60,15 +60,14 @@ def encode_rows(q: np.ndarray, lengths: np.ndarray, ids: np.ndarray, tables: Tab
 
 def decode_rows(data: bytes | memoryview, lengths: np.ndarray, ids: np.ndarray, tables: Tables) -> np.ndarray:
     """What `encode_rows` coded: the flat int16 array; undefined between the rows. Raises CorruptChunkError."""
-    words, states, escapes = _parse(data)
+    words, escapes = _counts(data)
     _check_ids(ids, tables)
-    starts, lengths = row_starts(lengths), np.asarray(lengths, np.int64)
-    out = np.empty(starts[-1], np.int16)
-    padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
-    t = tables
-    used = cpu.decode(padded, len(words), states, starts, lengths, ids, t.kind, t.direct, t.values, SPREAD, t.bits, out)
-    _check_end(int(used), len(words), states)
-    _check_filled(cpu.fill(out, starts, lengths, ids, tables.width, escapes), len(escapes))
+    stream, t = np.frombuffer(data, np.uint8).copy(), tables
+    out, ended, filled = cpu.decode_stream(
+        stream, words, np.asarray(lengths, np.int64), ids, t.kind, t.direct, t.values, t.width, SPREAD, t.bits
+    )
+    _check_end(ended)
+    _check_filled(filled, escapes)
     return out
 
 
@@ -84,7 +83,7 @@ def decode_exact(data: bytes | memoryview, freq: np.ndarray, length: int) -> np.
     out = np.empty((len(freq), length), np.int16)
     padded = np.concatenate((words, np.zeros(LANES, np.uint16)))
     used = cpu.decode_exact(padded, len(words), states, freq, length, SPREAD, out)
-    _check_end(int(used), len(words), states)
+    _check_end(used == len(words) and bool((states == LOW).all()))
     if len(escapes):
         raise CorruptChunkError("a stream with exact tables has no escapes")
     return out
@@ -137,7 +136,7 @@ def decode_batch(
     )
     ends = made.states.cpu().numpy()
     for s, (used, filled) in enumerate(zip(made.used.tolist(), made.filled.tolist(), strict=True)):
-        _check_end(used, counts[s, 0], ends[s])
+        _check_end(used == counts[s, 0] and bool((ends[s] == LOW).all()))
         _check_filled(filled, counts[s, 1])
     return made.values
 
@@ -162,7 +161,7 @@ def decode_reference(data: bytes | memoryview, ids: np.ndarray, length: int, tab
             x[low] = (x[low] << np.uint64(16)) | words[at : at + len(low)]
             at += len(low)
             out[row, first * width : (first + n) * width] = tables.values[table, symbol, :width].ravel()
-    _check_end(at, len(words), x)
+    _check_end(at == len(words) and bool((x == LOW).all()))
     lengths = np.full(len(ids), length)
     _check_filled(cpu.fill(out.reshape(-1), row_starts(lengths), lengths, ids, tables.width, escapes), len(escapes))
     return out[:, :length]
@@ -181,13 +180,20 @@ def _pack(words: np.ndarray, states: np.ndarray, escapes: np.ndarray) -> bytes:
     return head + states.astype("<u4").tobytes() + words.astype("<u2").tobytes() + escapes.astype("<i2").tobytes()
 
 
-def _parse(data: bytes | memoryview) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _counts(data: bytes | memoryview) -> tuple[int, int]:
+    """How many words and escapes a stream holds."""
     at = HEAD.size + 4 * LANES
     if len(data) < at:
         raise CorruptChunkError(f"{len(data)} bytes are too short for a rANS stream")
     words, escapes = HEAD.unpack_from(data)
     if len(data) != at + 2 * words + 2 * escapes:
         raise CorruptChunkError(f"{words} words and {escapes} escapes do not fit a rANS stream of {len(data)} bytes")
+    return words, escapes
+
+
+def _parse(data: bytes | memoryview) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    words, escapes = _counts(data)
+    at = HEAD.size + 4 * LANES
     states = np.frombuffer(data, "<u4", LANES, HEAD.size).astype(np.uint32)
     return (
         np.frombuffer(data, "<u2", words, at).astype(np.uint16),
@@ -201,8 +207,8 @@ def _check_ids(ids: np.ndarray, tables: Tables) -> None:
         raise CorruptChunkError(f"table {int(ids.max())} of {len(tables)} does not exist")
 
 
-def _check_end(used: int, words: int, states: np.ndarray) -> None:
-    if used != words or (states != LOW).any():
+def _check_end(ended: bool) -> None:
+    if not ended:
         raise CorruptChunkError("the rANS stream does not end where it should: wrong bytes or wrong tables")
 
 

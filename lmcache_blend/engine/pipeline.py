@@ -7,7 +7,7 @@ last layer of the first. Whoever needs a layer waits for that layer only. What w
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -27,7 +27,7 @@ from lmcache_blend.types import KVChunk, Pair
 if TYPE_CHECKING:
     from lmcache_blend.engine.engine import KVEngine
 
-WHOLE = 4 * values.HEAD_GUESS
+WHOLE = 1 << 20
 """Values up to so many bytes are read in one piece."""
 
 
@@ -57,6 +57,10 @@ class Arriving(Sequence[Pair]):
     def __iter__(self) -> Iterator[Pair]:
         return (self[i] for i in range(len(self)))
 
+    def has(self, index: int) -> bool:
+        """Whether a layer is there."""
+        return self.layers[index] is not None
+
 
 class _Unread(Exception):
     """A part of a value did not come."""
@@ -76,6 +80,14 @@ class LayerReads:
         self._left = 0
         self._began, self._ended = time.perf_counter(), 0.0
         self._news = threading.Condition()
+        self._then: Callable[[int], None] | None = None
+
+    def then(self, call: Callable[[int], None]) -> None:
+        """Have `call` made with each layer that comes from now on, in the thread that brought it and decoded it, where
+        its numbers are still in the core's cache. An error in it loses the chunks that are not complete."""
+        with self._news:
+            if self._left:
+                self._then = call
 
     @property
     def seconds(self) -> float:
@@ -142,7 +154,8 @@ class LayerReads:
             with self._news:
                 self._left -= 1
                 if not self._left:
-                    self._chunks = []  # they know this object: memory must not wait for the cycle to be found
+                    # They know this object: memory must not wait for the cycle to be found.
+                    self._chunks, self._then = [], None
 
     def _bring(self, layer: int) -> None:
         """Read and decode the groups that begin at a layer."""
@@ -158,6 +171,7 @@ class LayerReads:
             if id(chunk) in failed:
                 self._level.missed(chunk.key, failed[id(chunk)])
                 self._lose(chunk, failed[id(chunk)])
+        end = layer
         for (chunk, _), pairs in zip(good, self._decode(good), strict=True):
             if isinstance(pairs, Exception):  # of whatever codec
                 self._lose(chunk, self._level.failed(chunk.key, pairs))
@@ -166,8 +180,13 @@ class LayerReads:
                 chunk.layers[layer : layer + len(pairs)] = pairs
                 self._ended = time.perf_counter()
                 self._news.notify_all()
+            end = max(end, layer + len(pairs))
             if None not in chunk.layers:
                 self._complete(chunk)
+        with self._news:
+            then = self._then
+        for at in range(layer, end) if then is not None else ():
+            then(at)
 
     def _decode(self, here: Sequence[tuple[Arriving, int]]) -> list[list[Pair] | Exception]:
         """The layers of a group of each chunk, or why they cannot be had. Coded chunks share their decoder's work."""

@@ -4,9 +4,9 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from lmcache_blend.codecs.threads import one_thread_meanwhile
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import KVEngine
 from lmcache_blend.engine.keys import TENANT_BYTES
-from lmcache_blend.engine.pipeline import Arriving, LayerWriter
+from lmcache_blend.engine.pipeline import Arriving, LayerReads, LayerWriter
 from lmcache_blend.errors import ChunkLostError, ConfigError
 from lmcache_blend.rotary import Angles, RotaryTable
 from lmcache_blend.serving.config import ServingConfig
@@ -40,7 +40,8 @@ WARM_BYTES = 256 << 20
 class Coming:
     """A prefix on its way into the blocks, layer by layer, while the forward computes. left: layers that are to come.
 
-    parts: (chunk, its first token). good: tokens that are there when all layers are.
+    parts: (chunk, its first token). good: tokens that are there when all layers are. reads: the transfers of chunks
+    that are being read. A layer is placed by the thread that claims it; none can be claimed once this is closed.
     """
 
     load: Load
@@ -49,7 +50,35 @@ class Coming:
     good: int
     left: set[int]
     rotary: RotaryTable | None
+    reads: list[LayerReads]
     spent_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._placing, self._news = 0, threading.Condition()
+
+    def there(self, layer: int) -> bool:
+        """Whether a layer of all parts has come."""
+        return all(chunk.layers.has(layer) for chunk, _ in self.parts if isinstance(chunk.layers, Arriving))
+
+    @contextmanager
+    def claimed(self, layer: int) -> Iterator[bool]:
+        """Whether the layer is the caller's to place, who does it within the `with` statement."""
+        with self._news:
+            mine = layer in self.left
+            self.left.discard(layer)
+            self._placing += mine
+        try:
+            yield mine
+        finally:
+            with self._news:
+                self._placing -= mine
+                self._news.notify_all()
+
+    def close(self) -> None:
+        """Wait for those who place a layer. After this nobody writes into the blocks."""
+        with self._news:
+            self.left.clear()
+            self._news.wait_for(lambda: not self._placing)
 
     @cached_property
     def angles(self) -> Angles | None:
@@ -159,10 +188,10 @@ class WorkerHalf:
             if self.layerwise and not (short or load.asynchronous or load.blend is not None):
                 self._coming.append(coming)
                 return
-            reading = kv.blocks.is_cpu and any(isinstance(chunk.layers, Arriving) for chunk, _ in coming.parts)
-            with one_thread_meanwhile() if reading else nullcontext():
-                for layer in sorted(coming.left):
-                    self._place(coming, layer)
+            began = time.perf_counter()
+            with one_thread_meanwhile() if kv.blocks.is_cpu and coming.reads else nullcontext():
+                self._place_all(coming)
+            coming.spent_ms += (time.perf_counter() - began) * 1e3
             good = coming.good
             self._came(coming)
             if short:
@@ -207,19 +236,46 @@ class WorkerHalf:
             parts.append((found.chunk, start))
         self._note(load.request, "bytes", sum(s.nbytes for s in stored[: len(parts)] if s is not None))
         left = set(range(len(self.layers))) if good > load.start else set()
-        return Coming(load, kv, parts, good, left, self.rotary, (time.perf_counter() - began) * 1e3)
+        reads = list({id(s.reads): s.reads for s in stored[: len(parts)] if s is not None and s.reads}.values())
+        return Coming(load, kv, parts, good, left, self.rotary, reads, (time.perf_counter() - began) * 1e3)
+
+    def _place_all(self, coming: Coming) -> None:
+        """On CPU, threads that read place what they have decoded; this one does what came before they were asked to,
+        and waits, for the last layers first: so it is not woken by each. Raises what placing raises.
+        """
+        errors: list[Exception] = []
+
+        def place(layer: int) -> None:
+            try:
+                if coming.there(layer):
+                    self._place(coming, layer)
+            except Exception as error:
+                errors.append(error)
+
+        try:
+            if coming.kv.blocks.is_cpu and coming.left:
+                _ = coming.angles  # before several threads ask for them
+                for reads in coming.reads:
+                    reads.then(place)
+                for layer in sorted(coming.left):
+                    place(layer)
+            for layer in sorted(coming.left, reverse=coming.kv.blocks.is_cpu):
+                self._place(coming, layer)
+        finally:
+            coming.close()
+        if errors:
+            raise errors[0]
 
     def _place(self, coming: Coming, i: int) -> None:
-        """Write one layer as soon as it has come. Raises ChunkLostError."""
-        began = time.perf_counter()
+        """Write one layer as soon as it has come, unless another thread does. Raises ChunkLostError."""
         load, first = coming.load, coming.load.keys[0][1]
-        for at, k, v in _joined([chunk.layers[i] for chunk, _ in coming.parts]):
-            begin, end = max(first + at, load.start), min(first + at + k.shape[1], coming.good)
-            cut, where = slice(begin - first - at, end - first - at), slice(begin - load.start, end - load.start)
-            angles = None if coming.angles is None else coming.angles[where]
-            coming.kv.place(i, begin, k[:, cut], v[:, cut], angles)
-        coming.left.discard(i)
-        coming.spent_ms += (time.perf_counter() - began) * 1e3
+        pairs = [chunk.layers[i] for chunk, _ in coming.parts]
+        with torch.inference_mode(), coming.claimed(i) as mine:
+            for at, k, v in _joined(pairs) if mine else ():
+                begin, end = max(first + at, load.start), min(first + at + k.shape[1], coming.good)
+                cut, where = slice(begin - first - at, end - first - at), slice(begin - load.start, end - load.start)
+                angles = None if coming.angles is None else coming.angles[where]
+                coming.kv.place(i, begin, k[:, cut], v[:, cut], angles)
 
     def _came(self, coming: Coming) -> None:
         self._note(coming.load.request, "load_ms", coming.spent_ms)
@@ -235,9 +291,11 @@ class WorkerHalf:
 
     def _bring_layer(self, layer: int | None) -> None:
         for coming in list(self._coming):
+            began = time.perf_counter()
             try:
                 for i in sorted(coming.left) if layer is None else coming.left & {layer}:
                     self._place(coming, i)
+                coming.spent_ms += (time.perf_counter() - began) * 1e3
             except Exception as error:
                 self._coming.remove(coming)
                 self._lost(coming.load, coming.load.start, error)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcache_blend.triton_kernels.rotation.cpu import U, flat, turn_row
+from lmcache_blend.triton_kernels.rotation.cpu import MOST, U, float32_at, int64_at, turn_row
 
 TILE, LINE = 64, U(16)
 """Tokens of a tile, a block of vLLM's; numbers of a cache line."""
@@ -17,22 +17,29 @@ NOWHERE = -(1 << 62)
 
 
 @nb.njit(nogil=True, cache=True, boundscheck=False)
-def _scatter(cache, shape, strides, x, xshape, xstrides, positions, table, paged, cos, sin, first, half, interleaved):
-    heads, n, dim = xshape
+def _scatter(target, shape, strides, source, source_shape, source_strides, start, where, blocks, length, cosines, sines,
+             first, half, interleaved):  # fmt: skip
+    """Addresses: target and source of float32; where [n] int64 positions, 0: from start on; blocks [length] int64, 0:
+    no table; cosines, sines [n, half]. Returns -1, or a position that lies outside, before anything is written."""
+    heads, n, dim = source_shape
     count, size = shape
+    cache, x = nb.carray(float32_at(target), (MOST,)), nb.carray(float32_at(source), (MOST,))
+    cos, sin = nb.carray(float32_at(cosines), (MOST,)), nb.carray(float32_at(sines), (MOST,))
+    positions, table = nb.carray(int64_at(where), (MOST,)), nb.carray(int64_at(blocks), (MOST,))
     starts = np.empty(n, np.int64)
     for t in range(n):
-        block = positions[t] // size
-        if positions[t] < 0:
+        position = start + t if where == 0 else positions[t]
+        block = position // size
+        if position < 0:
             starts[t] = NOWHERE
             continue
-        if paged:
-            if block >= len(table):
-                return positions[t]
+        if blocks != 0:
+            if block >= length:
+                return position
             block = table[block]
         if block < 0 or block >= count:
-            return positions[t]
-        starts[t] = block * strides[0] + positions[t] % size * strides[1]
+            return position
+        starts[t] = block * strides[0] + position % size * strides[1]
     across, down = U(strides[2]), U(strides[3])
     transposed = strides[3] != 1
     across_tile = U(dim) + LINE  # with none of the strides that share places in a core's cache
@@ -46,7 +53,7 @@ def _scatter(cache, shape, strides, x, xshape, xstrides, positions, table, paged
             rows = U(end - t)
             for h in range(U(heads)):
                 for j in range(rows):
-                    at = h * U(xstrides[0]) + (U(t) + j) * U(xstrides[1])
+                    at = h * U(source_strides[0]) + (U(t) + j) * U(source_strides[1])
                     angles = (U(t) + j) * U(half)
                     o = U(starts[U(t) + j]) + h * across
                     if transposed:
@@ -70,23 +77,32 @@ def _scatter(cache, shape, strides, x, xshape, xstrides, positions, table, paged
 def scatter_f32(
     cache: Tensor,
     x: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     table: Tensor | None,
+    start: int,
     cos: Tensor | None,
     sin: Tensor | None,
     first: int,
     interleaved: bool,
 ) -> None:
-    """x [H, n, D] into cache [blocks, block size, H, D], of any strides, at positions [n]; keys turned by cos and sin
-    [n, R/2] where given. Raises IndexError, before anything is written, where a position lies outside."""
-    nothing = x.new_empty(0)
+    """x [H, n, D] into cache [blocks, block size, H, D], of any strides, at positions [n] or from `start` on; keys
+    turned by cos and sin [n, R/2] where given. Raises IndexError, before anything is written, where a position lies
+    outside."""
     x = x if x.stride(2) == 1 else x.contiguous()
-    places, blocks = (y.to(torch.int64).contiguous().numpy() for y in (positions, nothing if table is None else table))
-    half = 0 if cos is None else cos.shape[1]
-    tables = [nothing.numpy() if y is None else y.contiguous().flatten().numpy() for y in (cos, sin)]
+    where, blocks = _whole(positions), _whole(table)
+    cos, sin = (None if y is None else y.contiguous() for y in (cos, sin))
     wrong = _scatter(
-        flat(cache), tuple(cache.shape[:2]), cache.stride(), flat(x), tuple(x.shape), x.stride()[:2], places, blocks,
-        table is not None, *tables, first, half, interleaved,
+        cache.data_ptr(), tuple(cache.shape[:2]), cache.stride(), x.data_ptr(), tuple(x.shape), x.stride()[:2], start,
+        _address(where), _address(blocks), 0 if blocks is None else len(blocks), _address(cos), _address(sin), first,
+        0 if cos is None else cos.shape[1], interleaved,
     )  # fmt: skip
     if wrong >= 0:
         raise IndexError(f"position {wrong} lies outside the {cache.shape[0]} blocks of {cache.shape[1]} tokens")
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
+    return x if x is None or (x.dtype == torch.int64 and x.is_contiguous()) else x.to(torch.int64).contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

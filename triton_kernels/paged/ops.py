@@ -99,8 +99,7 @@ def _run_scatter(
     if cos is not None and sin is not None:
         check_turn(tokens, dim, first, cos, sin)
     if not triton and cache.dtype == x.dtype == torch.float32 and cache.is_cpu:
-        where = torch.arange(start, start + tokens) if positions is None else positions
-        scatter_f32(cache, x, where, block_table, cos, sin, first, interleaved)
+        scatter_f32(cache, x, positions, block_table, start, cos, sin, first, interleaved)
         return
     if not triton:
         scatter_reference(cache, x, positions, block_table, start, cos, sin, first, interleaved)

@@ -54,5 +54,4 @@ def _place_in_pages(target: Pages, source: Tensor, start: int, turn: Turn | None
     if cache.dtype != source.dtype or cache.dtype != torch.float32 or on_triton(cache, source):
         scatter(cache, source, None, table, start, turn, piece, layout="HND")
         return
-    positions = torch.arange(start, start + source.shape[1])
-    scatter_f32(cache.transpose(1, 2), source, positions, table, *unpack_turn(turn, piece))
+    scatter_f32(cache.transpose(1, 2), source, None, table, start, *unpack_turn(turn, piece))

@@ -179,6 +179,26 @@ def fill(out, starts, lengths, ids, width, escapes):
     return at
 
 
+@nb.njit(nogil=True, cache=True, boundscheck=False)
+def decode_stream(data, count, lengths, ids, kinds, luts, values, width, spread, bits):
+    """Rows of a whole stream, uint8 data with `count` words, in one call: those that load share one interpreter.
+
+    Returns the values, whether words and states end as they must, and how many escapes were filled in.
+    """
+    first = 8 + 4 * 32
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    for r in range(len(lengths)):
+        starts[r + 1] = starts[r] + (lengths[r] + 3) // 4 * 4
+    states, escapes = data[8:first].view(np.uint32).copy(), data[first + 2 * count :].view(np.int16)
+    words = np.zeros(count + 32, np.uint16)
+    words[:count] = data[first : first + 2 * count].view(np.uint16)
+    out = np.empty(starts[-1], np.int16)
+    ended = decode(words, count, states, starts, lengths, ids, kinds, luts, values, spread, bits, out) == count
+    for x in states:
+        ended &= x == LOW
+    return out, ended, fill(out, starts, lengths, ids, width, escapes) if ended else 0
+
+
 @nb.njit(nogil=True, cache=True)
 def encode_lanes(symbols, ids, freqs, cums, bits, words, firsts, states):
     """A stream per channel of symbols [T, C], its words at the end of words [C, T]; returns whether all have codes."""

@@ -1,17 +1,35 @@
-"""Rotation on CPU in float32: one pass of numba code instead of six passes of torch operators (7 times faster).
+"""Rotation on CPU in float32: one pass of numba code instead of six passes of torch operators.
 
-Tensors come flat, with the strides of their dims, and indices are unsigned: numba wraps those that may be negative
-around, and the compiler makes no vector code of that.
+Tensors come as addresses and strides: that spares a dozen calls of torch, which threads that load side by side would
+wait for. Indices are unsigned: numba wraps those that may be negative around, and the compiler makes no vector code of
+that.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import numba as nb
 import numpy as np
-import torch
+from numba.core import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 U = np.uint64
+MOST = 1 << 60
+"""Length of an array of which only the address is known."""
+
+
+def _pointer_to(kind: Any) -> Any:
+    @intrinsic
+    def pointer(typing, address):
+        def emit(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), emit
+
+    return pointer
+
+
+float32_at, int64_at = _pointer_to(types.float32), _pointer_to(types.int64)
 
 
 @nb.njit(nogil=True, cache=True, boundscheck=False)
@@ -40,11 +58,13 @@ def turn_row(out, o, x, at, dim, cos, sin, angles, first, half, interleaved):
 
 
 @nb.njit(nogil=True, cache=True, boundscheck=False)
-def _turn(out, out_strides, x, strides, shape, cos, sin, first, half, interleaved):
+def _turn(target, target_strides, source, strides, shape, cosines, sines, first, half, interleaved):
+    out, x = nb.carray(float32_at(target), (MOST,)), nb.carray(float32_at(source), (MOST,))
+    cos, sin = nb.carray(float32_at(cosines), (MOST,)), nb.carray(float32_at(sines), (MOST,))
     heads, tokens, dim = U(shape[0]), U(shape[1]), U(shape[2])
     for t in range(tokens):  # outside: heads of a token lie near each other in what a codec gives
         for h in range(heads):
-            o = h * U(out_strides[0]) + t * U(out_strides[1])
+            o = h * U(target_strides[0]) + t * U(target_strides[1])
             at = h * U(strides[0]) + t * U(strides[1])
             turn_row(out, o, x, at, dim, cos, sin, t * U(half), U(first), U(half), interleaved)
 
@@ -52,20 +72,8 @@ def _turn(out, out_strides, x, strides, shape, cos, sin, first, half, interleave
 def turn_f32(target: Tensor, source: Tensor, cos: Tensor, sin: Tensor, first: int, interleaved: bool) -> None:
     """target, source [H, n, D] float32; dims first..first+R turn by cos and sin [n, R/2], the others are copied."""
     source = source if source.stride(2) == 1 else source.contiguous()
-    tables = [x.contiguous().flatten().numpy() for x in (cos, sin)]
-    _turn(flat(target), target.stride()[:2], flat(source), source.stride()[:2], tuple(source.shape), *tables, first,
-          cos.shape[1], interleaved)  # fmt: skip
-
-
-def flat(x: Tensor) -> np.ndarray:
-    """The memory from x's first number to its last, as one row."""
-    return torch.as_strided(x.detach(), (span(x.shape, x.stride()),), (1,)).numpy()
-
-
-def span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Numbers from the first to the last of a tensor.
-
-    >>> span((2, 3), (4, 1))
-    7
-    """
-    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
+    cos, sin = cos.contiguous(), sin.contiguous()
+    _turn(
+        target.data_ptr(), target.stride()[:2], source.data_ptr(), source.stride()[:2], tuple(source.shape),
+        cos.data_ptr(), sin.data_ptr(), first, cos.shape[1], interleaved,
+    )  # fmt: skip
