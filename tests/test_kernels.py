@@ -13,7 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lmcache_blend.triton_kernels.example import Example, examples
 from lmcache_blend.triton_kernels.launch import recording
 from lmcache_blend.triton_kernels.measure import validate_example
+from lmcache_blend.triton_kernels.paged import scatter
+from lmcache_blend.triton_kernels.paged.reference import scatter_reference
+from lmcache_blend.triton_kernels.place import Pages, place
 from lmcache_blend.triton_kernels.targets import TARGETS
+from lmcache_blend.types import RotarySlice, Turn
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -91,3 +95,51 @@ def test_operators_are_sound(example: Example):
             torch.library.opcheck(func, args, kwargs)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("first", "half"), [(0, 32), (8, 16), (0, 0)])
+@pytest.mark.parametrize("paged", [False, True])
+def test_scatter_on_cpu_takes_any_layout(transposed, interleaved, first, half, paged):
+    """Runs of more and of fewer tokens than a tile, single ones, and tokens that have no place."""
+    g = torch.Generator().manual_seed(half + paged)
+    heads, dim, size, blocks, n = 3, 64, 48, 9, 300
+    shape = (blocks, heads, dim, size) if transposed else (blocks, heads, size, dim)
+    memory = torch.randn(shape, generator=g)
+    found = memory.transpose(2, 3) if transposed else memory
+    wanted = found.clone()
+    x = torch.randn(n, heads, dim, generator=g).transpose(0, 1)
+    table = torch.randperm(blocks, generator=g)[:8].int() if paged else None
+    places = torch.randperm(200, generator=g)[:120] + 180
+    positions = torch.cat((torch.arange(3, 160), places, torch.full((n - 277,), -1)))
+    positions[[5, 40, 41]] = -1
+    cos, sin = (torch.randn(n, half, generator=g) if half else None for _ in range(2))
+    scatter_reference(wanted.transpose(1, 2), x, positions, table, 0, cos, sin, first, interleaved)
+    piece = RotarySlice(0, first, first + 2 * half, "interleaved" if interleaved else "half", "half", 0)
+    turn = None if cos is None or sin is None else Turn(cos, sin)
+    scatter(found, x, positions, table, turn=turn, piece=piece, layout="HND")
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+    before = memory.clone()
+    for wrong in (positions.clone().index_fill_(0, torch.tensor([299]), 8 * size + 50), torch.full((n,), 10**9)):
+        with pytest.raises(IndexError, match=f"position {int(wrong.max())} lies outside"):
+            scatter(found, x, wrong, table, layout="HND")
+    assert torch.equal(memory, before), "nothing is written where a position is wrong"
+
+
+def test_placing_in_pages_is_placing_in_a_row():
+    g = torch.Generator().manual_seed(0)
+    piece, angle = RotarySlice(0, 0, 64, "half", "half", 0), torch.rand(100, 32, generator=g)
+    turn, x = Turn(angle.cos(), angle.sin()), torch.randn(2, 100, 64, generator=g)
+    for dtype in (torch.float32, torch.bfloat16):
+        dense, cache, table = (
+            torch.zeros(2, 160, 64, dtype=dtype),
+            torch.zeros(6, 2, 32, 64),
+            torch.tensor([4, 1, 0, 5, 2]),
+        )
+        cache = cache.to(dtype)
+        place(dense, x.to(dtype), 37, turn, piece)
+        place(Pages(cache, table), x.to(dtype), 37, turn, piece)
+        assert torch.equal(cache[table].transpose(0, 1).flatten(1, 2), dense)
+    with pytest.raises(IndexError, match="position 160"):
+        place(Pages(torch.zeros(6, 2, 32, 64), table), x, 61, turn, piece)

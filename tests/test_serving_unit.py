@@ -1,5 +1,6 @@
 """Serving without vLLM: settings, content matching, what a request may ask for, ranks that choose the same rows."""
 
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lmcache_blend.serving.identity import _sample
 from lmcache_blend.serving.matching import CUT_MAX, WINDOW, SegmentIndex, cuts, rolling, with_gaps
 from lmcache_blend.serving.plugin import check_version
 from lmcache_blend.serving.scheduler import BlendRequest
-from lmcache_blend.serving.worker import _joined
+from lmcache_blend.serving.worker import Coming, _joined
 from lmcache_blend.types import Prompt, Trace
 
 
@@ -250,3 +251,41 @@ def test_pieces_that_lie_one_behind_the_other_are_one():
         assert [at for at, *_ in found] == starts
         for slot in (1, 2):
             assert torch.equal(torch.cat([piece[slot] for piece in found], 1), torch.cat(pieces, 1))
+
+
+def test_each_layer_is_placed_by_one_thread_and_none_after_the_end():
+    coming = Coming(None, None, [], 0, set(range(200)), None, [])
+    placed, go = [], threading.Barrier(5)
+
+    def reader():
+        go.wait()
+        for layer in range(200):
+            with coming.claimed(layer) as mine:
+                if mine:
+                    placed.append(layer)
+
+    threads = [threading.Thread(target=reader) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    go.wait()
+    for thread in threads:
+        thread.join()
+    assert sorted(placed) == list(range(200))
+
+    coming, inside, leave = Coming(None, None, [], 0, {0, 1}, None, []), threading.Event(), threading.Event()
+
+    def slow():
+        with coming.claimed(0):
+            inside.set()
+            leave.wait(10)
+            placed.append("late")
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    inside.wait()
+    threading.Timer(0.1, leave.set).start()
+    coming.close()
+    assert placed[-1] == "late", "closing waits for who is placing"
+    with coming.claimed(1) as mine:
+        assert not mine
+    thread.join()

@@ -185,8 +185,9 @@ class LayerReads:
                 self._complete(chunk)
         with self._news:
             then = self._then
-        for at in range(layer, end) if then is not None else ():
-            then(at)
+        if then is not None:
+            for at in range(layer, end):
+                then(at)
 
     def _decode(self, here: Sequence[tuple[Arriving, int]]) -> list[list[Pair] | Exception]:
         """The layers of a group of each chunk, or why they cannot be had. Coded chunks share their decoder's work."""
