@@ -34,22 +34,24 @@ PATIENCE = 60.0, 10.0
 """Seconds for a job of the peer, and how many times as long as this package's own it may take besides."""
 
 
-def sharing_prompts(samples: list[dict[str, Any]]) -> list[list[int]]:
+def sharing_prompts(samples: list[dict[str, Any]], count: int) -> list[list[int]]:
     """Prompts of one to four passages, by fives with the same first ones."""
     out = []
-    for i in range(SHARING):
+    for i in range(count):
         shared, own = samples[i // 5 % len(samples)], samples[(7 * i + 11) % len(samples)]
         passages = shared["passages"][: 1 + i % 3] + own["passages"][: i % 2]
         out.append([*shared["head"], *(t for p in passages for t in p), *own["question"]])
     return out
 
 
-def exact(model: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def exact(model: str, samples: list[dict[str, Any]], count: int, sharing: int) -> dict[str, Any]:
     tiers = [{"tier": "cpu", "capacity_bytes": 3 << 30}]
     extra = {"tiers": tiers, "offload": False, "blend": {"match": "spans"}}
-    found = child("exact", {"model": model, "samples": samples[:EXACT_PROMPTS], "extra": extra})
-    count = min(EXACT_PROMPTS, len(samples))
-    prompts = sharing_prompts(samples)
+    found = child("exact", {"model": model, "samples": samples[:count], "extra": extra})
+    out = {"prompts": min(count, len(samples)), "answers_as_plain": found}
+    if not sharing:
+        return out
+    prompts = sharing_prompts(samples, sharing)
     plain = child("sharing", {"model": model, "prompts": prompts})
     with tempfile.TemporaryDirectory(prefix="lmcache_blend_") as folder:
         ours = child(
@@ -57,8 +59,7 @@ def exact(model: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
         )
     same = {name: sum(a == b for a, b in zip(ours[name], plain["first"], strict=True)) for name in ours}
     return {
-        "prompts": count,
-        "answers_as_plain": found,
+        **out,
         "sharing_prompts": len(prompts),
         "sharing_as_without_connector": same,
         "without_connector_itself": sum(a == b for a, b in zip(plain["again"], plain["first"], strict=True)),
@@ -209,7 +210,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     peer = (args.lmcache_python, args.lmcache_chunk) if args.lmcache_python else None
     measure = {
         "offload": lambda: offload(model, prompts, stream[-WARM_UP:], codec, args.rounds, peer),
-        "exact": lambda: exact(model, samples),
+        "exact": lambda: exact(model, samples, args.exact_prompts, args.sharing_prompts),
         "blend": lambda: blend(model, near, False),
         "compiled": lambda: blend(model, near, True),
     }
@@ -241,6 +242,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS), metavar="P[,P...]", help=f"default {','.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"of offload (default {ROUNDS})")
     parser.add_argument("--prompts", type=int, default=PROMPTS, metavar="N", help=f"default {PROMPTS}")
+    parser.add_argument(
+        "--exact-prompts", type=int, default=EXACT_PROMPTS, metavar="N", help=f"at ratio 1.0 (default {EXACT_PROMPTS})"
+    )
+    parser.add_argument(
+        "--sharing-prompts", type=int, default=SHARING, metavar="N", help=f"at once, 0: none (default {SHARING})"
+    )
     parser.add_argument("--lmcache-python", metavar="PYTHON", help="of an environment with LMCache and vLLM, as peer")
     parser.add_argument(
         "--lmcache-chunk", type=int, default=serving_peer.CHUNK, metavar="N", help="tokens (default 256, LMCache's own)"
@@ -251,9 +258,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for part in args.parts:
         if part not in PARTS:
             raise UnknownNameError("part", part, PARTS)
-    for name in ("rounds", "prompts", "lmcache_chunk"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it is 1 at least")
+    for name in ("rounds", "prompts", "exact_prompts", "sharing_prompts", "lmcache_chunk"):
+        least = 0 if name == "sharing_prompts" else 1
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it is {least} at least")
     if args.lmcache_python and "offload" not in args.parts:
         parser.error("--lmcache-python is for the part offload")
     return args

@@ -65,11 +65,14 @@ def _blend(part: dict[str, Any], title: str) -> Iterator[str]:
 
 
 def _exact(part: dict[str, Any]) -> Iterator[str]:
-    own, count, many = part["answers_as_plain"], part["prompts"], part["sharing_prompts"]
+    own, count = part["answers_as_plain"], part["prompts"]
     yield "Exact: answers as plain"
     yield f"{'all tokens recomputed':<{NAME}} {own['ratio_1']:>5} of {count}"
     yield f"{'plain request after a blended one':<{NAME}} {own['plain_afterwards']:>5} of {count}"
     yield f"{'no token recomputed':<{NAME}} {own['full_reuse']:>5} of {count}"
+    many = part.get("sharing_prompts")
+    if many is None:
+        return
     for name, label in (("first", "many at once, cold"), ("again", "many at once, stored")):
         yield f"{label:<{NAME}} {part['sharing_as_without_connector'][name]:>5} of {many}"
     yield f"{'without connector, twice':<{NAME}} {part['without_connector_itself']:>5} of {many}"

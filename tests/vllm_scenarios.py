@@ -388,7 +388,7 @@ def refused(model: str, folder: Path) -> Any:
 SCENARIOS = {
     f.__name__: f
     for f in (plain, offload, chunked, later, layered, damaged, lossy, aborts, decode, blend, slices, compiled, kernels,
-              kernels_compiled, two_ranks, offload_two_ranks, crowded, content, separator, refused)
+              by_runs, kernels_compiled, two_ranks, offload_two_ranks, crowded, content, separator, refused)
 }  # fmt: skip
 
 if __name__ == "__main__":

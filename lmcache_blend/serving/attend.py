@@ -2,7 +2,7 @@
 
 On CUDA and ROCm the recomputed rows of a layer go through `selective_attention` over the blocks themselves, with their
 true positions: one launch, whatever the runs of rows are. On CPU, float32 is copied out of the blocks and goes through
-`row_attention`, which needs a third of the time of vLLM's kernel where rows are scattered. What neither knows stays
+`row_attention`, which takes half as long as vLLM's kernel where rows are scattered. What neither knows stays
 with the backend of vLLM (`unknown`, `kernel_fits`). Probes take the same operators where they run on a GPU, so that no
 dense copy of K is made there.
 
