@@ -245,7 +245,7 @@ class WorkerHalf:
         """
         errors: list[Exception] = []
 
-        def place(layer: int) -> None:
+        def place_if_there(layer: int) -> None:
             try:
                 if coming.there(layer):
                     self._place(coming, layer)
@@ -256,9 +256,9 @@ class WorkerHalf:
             if coming.kv.blocks.is_cpu and coming.left:
                 _ = coming.angles  # before several threads ask for them
                 for reads in coming.reads:
-                    reads.then(place)
+                    reads.then(place_if_there)
                 for layer in sorted(coming.left):
-                    place(layer)
+                    place_if_there(layer)
             for layer in sorted(coming.left, reverse=coming.kv.blocks.is_cpu):
                 self._place(coming, layer)
         finally:
