@@ -16,6 +16,7 @@ from lmcache_blend.triton_kernels.measure import validate_example
 from lmcache_blend.triton_kernels.paged import scatter
 from lmcache_blend.triton_kernels.paged.reference import scatter_reference
 from lmcache_blend.triton_kernels.place import Pages, place
+from lmcache_blend.triton_kernels.rotation import rotate_reference
 from lmcache_blend.triton_kernels.targets import TARGETS
 from lmcache_blend.types import RotarySlice, Turn
 
@@ -143,3 +144,13 @@ def test_placing_in_pages_is_placing_in_a_row():
         assert torch.equal(cache[table].transpose(0, 1).flatten(1, 2), dense)
     with pytest.raises(IndexError, match="position 160"):
         place(Pages(torch.zeros(6, 2, 32, 64), table), x, 61, turn, piece)
+    for heads, dim in ((3, 64), (2, 32)):
+        with pytest.raises(ValueError, match="does not hold"):
+            place(Pages(torch.zeros(6, 2, 32, 64), table), torch.zeros(heads, 5, dim), 0, None, None)
+    with pytest.raises(ValueError, match="angles of shape"):
+        place(Pages(torch.zeros(6, 2, 32, 64), table), x[:, :50], 0, turn, piece)
+    wide = Turn(turn.cos.double(), turn.sin.double())
+    for target in (torch.zeros(2, 64, 160).transpose(1, 2), Pages(torch.zeros(6, 2, 32, 64), table)):
+        place(target, x, 37, wide, piece)
+        found = target.cache[table].transpose(0, 1).flatten(1, 2) if isinstance(target, Pages) else target
+        torch.testing.assert_close(found[:, 37:137], rotate_reference(x, *turn, 0, False))

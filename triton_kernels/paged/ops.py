@@ -98,7 +98,8 @@ def _run_scatter(
         raise ValueError(f"{tuple(positions.shape)} positions do not name {tokens} tokens")
     if cos is not None and sin is not None:
         check_turn(tokens, dim, first, cos, sin)
-    if not triton and cache.dtype == x.dtype == torch.float32 and cache.is_cpu:
+    tables = [t for t in (cos, sin) if t is not None]
+    if not triton and cache.is_cpu and all(t.dtype == torch.float32 for t in (cache, x, *tables)):
         scatter_f32(cache, x, positions, block_table, start, cos, sin, first, interleaved)
         return
     if not triton:
