@@ -20,7 +20,8 @@ from lmcache_blend.eval.options import RunRequest, route_options
 from lmcache_blend.eval.writer import find_folders, read_folder
 
 METHODS = "full_recompute,full_reuse,epic"
-TASK = ["--model", "smollm2-135m", "--task", "people_qa", "--limit", "2", "--option", "max_new_tokens=6"]
+TASK = ["--model", "smollm2-135m", "--task", "people_qa", "--limit", "2"]
+TASK += ["--option", "passages=5", "--option", "max_new_tokens=6"]
 RATIOS = ["--recompute-ratio", "0.15,1.0"]
 
 

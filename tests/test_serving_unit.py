@@ -15,11 +15,11 @@ from lmcache_blend.blend.policies import CacheBlend
 from lmcache_blend.blend.select import Deviation, Work, base_signals, deviation_chooser
 from lmcache_blend.errors import ConfigError, LMCacheBlendError
 from lmcache_blend.serving import ServingConfig
+from lmcache_blend.serving.coming import Coming, joined
 from lmcache_blend.serving.identity import _sample
 from lmcache_blend.serving.matching import CUT_MAX, WINDOW, SegmentIndex, cuts, rolling, with_gaps
 from lmcache_blend.serving.plugin import check_version
 from lmcache_blend.serving.scheduler import BlendRequest
-from lmcache_blend.serving.worker import Coming, _joined
 from lmcache_blend.types import Prompt, Trace
 
 
@@ -247,7 +247,7 @@ def test_pieces_that_lie_one_behind_the_other_are_one():
     k = [rows[:, :2], rows[:, 2:5], rows[:, 5:]]
     apart = [*k[:2], k[2].clone()]
     for pieces, starts in ((k, [0]), (apart, [0, 5]), (k[::-1], [0, 4, 7])):
-        found = _joined([(x, x) for x in pieces])
+        found = joined([(x, x) for x in pieces])
         assert [at for at, *_ in found] == starts
         for slot in (1, 2):
             assert torch.equal(torch.cat([piece[slot] for piece in found], 1), torch.cat(pieces, 1))

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -48,23 +49,41 @@ def gemma(tmp_path_factory) -> Path:
     return folder
 
 
-def run(name: str, model: Path, folder: Path) -> Any:
-    script = str(HERE / "vllm_scenarios.py")
-    done = subprocess.run(
-        [sys.executable, script, name, str(model), str(folder)], capture_output=True, text=True, timeout=180
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[-1].removeprefix("RESULT "))
+Run = Callable[[str, Path, Path], Any]
 
 
 @pytest.fixture(scope="module")
-def plain(llama, tmp_path_factory) -> list[list[int]]:
+def run(tmp_path_factory) -> Iterator[Run]:
+    """A scenario's result; all are forks of one process."""
+    log = tmp_path_factory.mktemp("log") / "stderr"
+    with open(log, "wb") as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        process = subprocess.Popen([sys.executable, str(HERE / "vllm_scenarios.py")], text=True, **pipes)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    written, printed = process.stdin, process.stdout
+
+    def one(name: str, model: Path, folder: Path) -> Any:
+        written.write(json.dumps([name, str(model), str(folder)]) + "\n")
+        written.flush()
+        found = ""
+        while (line := printed.readline()) not in ("END\n", ""):
+            found = line.removeprefix("RESULT ") if line.startswith("RESULT ") else found
+        assert found, log.read_text()[-3000:]
+        return json.loads(found)
+
+    yield one
+    written.close()
+    process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def plain(run, llama, tmp_path_factory) -> list[list[int]]:
     """Answers of an engine without a connector."""
     return run("plain", llama, tmp_path_factory.mktemp("plain"))
 
 
-def test_offload_serves_other_processes_and_survives_damage(llama, plain, tmp_path):
+def test_offload_serves_other_processes_and_survives_damage(run, llama, plain, tmp_path):
     first, second = run("offload", llama, tmp_path), run("offload", llama, tmp_path)
     assert first["tokens"] == plain
     assert second["tokens"] == plain
@@ -82,13 +101,13 @@ def test_offload_serves_other_processes_and_survives_damage(llama, plain, tmp_pa
     assert damaged["tokens"] == plain
 
 
-def test_chunked_prefill(llama, plain, tmp_path):
+def test_chunked_prefill(run, llama, plain, tmp_path):
     result = run("chunked", llama, tmp_path)
     assert result["tokens"] == result["again"] == plain
     assert all(result["hits"])
 
 
-def test_asynchronous_loads_and_aborts(llama, plain, tmp_path):
+def test_asynchronous_loads_and_aborts(run, llama, plain, tmp_path):
     run("offload", llama, tmp_path)
     result = run("later", llama, tmp_path)
     assert result["tokens"] == plain
@@ -98,13 +117,13 @@ def test_asynchronous_loads_and_aborts(llama, plain, tmp_path):
     assert result["tokens"] == plain
 
 
-def test_generated_tokens_are_stored_on_request(llama, tmp_path):
+def test_generated_tokens_are_stored_on_request(run, llama, tmp_path):
     result = run("decode", llama, tmp_path)
     assert result["hits"] >= 192  # 100 of the prompt, 99 generated with KV: three whole chunks of 64
     assert result["tokens"] == result["plain"]
 
 
-def test_a_lossy_codec_stores_keys_before_rope(llama, tmp_path):
+def test_a_lossy_codec_stores_keys_before_rope(run, llama, tmp_path):
     result = run("lossy", llama, tmp_path)
     assert result["hits"] == 299
     assert result["bytes"] < 300 * 10 * 2 * 2 * 64 * 4 / 3
@@ -127,30 +146,30 @@ def check_blend(result: dict[str, Any]) -> None:
     assert all(0.19 < s < 0.21 for s in share.values()), share
 
 
-def test_blend(llama, tmp_path):
+def test_blend(run, llama, tmp_path):
     check_blend(run("blend", llama, tmp_path))
 
 
-def test_blend_of_prompts_longer_than_the_batch_budget(llama, tmp_path):
+def test_blend_of_prompts_longer_than_the_batch_budget(run, llama, tmp_path):
     check_blend(run("slices", llama, tmp_path))
 
 
-def test_blend_with_sliding_windows(gemma, tmp_path):
+def test_blend_with_sliding_windows(run, gemma, tmp_path):
     check_blend(run("blend", gemma, tmp_path))
 
 
-def test_blend_compiled(llama, tmp_path):
+def test_blend_compiled(run, llama, tmp_path):
     check_blend(run("compiled", llama, tmp_path))
 
 
-def test_tensor_parallel(llama, plain, tmp_path):
+def test_tensor_parallel(run, llama, plain, tmp_path):
     check_blend(run("two_ranks", llama, tmp_path / "blend"))
     first, second = (run("offload_two_ranks", llama, tmp_path / "offload") for _ in range(2))
     assert first["tokens"] == second["tokens"] == plain
     assert sum(second["hits"]) > 1000 > sum(first["hits"])
 
 
-def test_blend_through_the_kernels_operators(llama, gemma, tmp_path):
+def test_blend_through_the_kernels_operators(run, llama, gemma, tmp_path):
     """As on CUDA; every answer is held against vLLM's own attention, the policies' rows against its run-split path."""
     for model in (llama, gemma):
         result = run("kernels", model, tmp_path / model.name)
@@ -165,13 +184,13 @@ def test_blend_through_the_kernels_operators(llama, gemma, tmp_path):
     check_blend(run("kernels_compiled", llama, tmp_path / "compiled"))
 
 
-def test_blended_requests_are_preempted_and_come_back(llama, tmp_path):
+def test_blended_requests_are_preempted_and_come_back(run, llama, tmp_path):
     result = run("crowded", llama, tmp_path)
     assert result["preempted"]
     assert result["same"]
 
 
-def test_content_and_separator_matching(llama, tmp_path):
+def test_content_and_separator_matching(run, llama, tmp_path):
     result = run("content", llama, tmp_path)
     assert result["first"] == 0
     assert result["second"] > 200
@@ -179,7 +198,7 @@ def test_content_and_separator_matching(llama, tmp_path):
     assert run("separator", llama, tmp_path) == {"segment": 224, "same": True}
 
 
-def test_a_model_that_fails_the_self_test_is_served_without_blending(llama, tmp_path):
+def test_a_model_that_fails_the_self_test_is_served_without_blending(run, llama, tmp_path):
     result = run("refused", llama, tmp_path)
     assert "over noise" in result["refused"]
     assert result["same"]

@@ -1,13 +1,17 @@
 """Scenarios of tests/test_serving_vllm.py, each in a process of its own: python vllm_scenarios.py NAME MODEL FOLDER.
 
 A scenario prints one line of JSON. Engines come and go with the process, so memory and global state stay bounded.
+Without arguments, scenarios come as lines [NAME, MODEL, FOLDER] from stdin and each runs in a fork: vLLM is imported
+once, which takes longer than most scenarios.
 """
 
 import json
 import os
 import random
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -391,7 +395,32 @@ SCENARIOS = {
               by_runs, kernels_compiled, two_ranks, offload_two_ranks, crowded, content, separator, refused)
 }  # fmt: skip
 
+PATIENCE_S = 180
+
+
+def run(name: str, model: str, folder: str) -> None:
+    try:
+        print("RESULT " + json.dumps(SCENARIOS[name](model, Path(folder)), default=str), flush=True)
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(0)  # vLLM's own threads must not keep a finished scenario
+
+
+def run_lines() -> None:
+    import vllm.entrypoints.llm
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_model_runner
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            signal.alarm(PATIENCE_S)
+            run(*json.loads(line))
+        os.waitpid(child, 0)
+        print("END", flush=True)
+
+
 if __name__ == "__main__":
-    result = SCENARIOS[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))
-    print("RESULT " + json.dumps(result, default=str), flush=True)
-    os._exit(0)  # vLLM's own threads must not keep a finished scenario
+    run(*sys.argv[1:]) if sys.argv[1:] else run_lines()

@@ -4,11 +4,9 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,69 +18,21 @@ from lmcache_blend.codecs.threads import one_thread_meanwhile
 from lmcache_blend.config import BlendConfig
 from lmcache_blend.engine import KVEngine
 from lmcache_blend.engine.keys import TENANT_BYTES
-from lmcache_blend.engine.pipeline import Arriving, LayerReads, LayerWriter
+from lmcache_blend.engine.pipeline import LayerWriter
 from lmcache_blend.errors import ChunkLostError, ConfigError
-from lmcache_blend.rotary import Angles, RotaryTable
+from lmcache_blend.rotary import RotaryTable
+from lmcache_blend.serving.coming import Coming
 from lmcache_blend.serving.config import ServingConfig
 from lmcache_blend.serving.kv import PagedKV, PagedLayer
 from lmcache_blend.serving.messages import Load, Save
 from lmcache_blend.triton_kernels.place import Pages, place
-from lmcache_blend.types import KVChunk, Pair, Prompt
+from lmcache_blend.types import KVChunk, Prompt
 
 log = logging.getLogger(__name__)
 WARM_TOKENS = 40
 """Coded when the worker starts: more than the sinks, and no whole number of vectors."""
 WARM_BYTES = 256 << 20
 """Of the memory that values are read into, taken from the system when the worker starts."""
-
-
-@dataclass
-class Coming:
-    """A prefix on its way into the blocks, layer by layer, while the forward computes. left: layers that are to come.
-
-    parts: (chunk, its first token). good: tokens that are there when all layers are. reads: the transfers of chunks
-    that are being read. A layer is placed by the thread that claims it; none can be claimed once this is closed.
-    """
-
-    load: Load
-    kv: PagedKV
-    parts: list[tuple[KVChunk, int]]
-    good: int
-    left: set[int]
-    rotary: RotaryTable | None
-    reads: list[LayerReads]
-    spent_ms: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._placing, self._news = 0, threading.Condition()
-
-    def there(self, layer: int) -> bool:
-        """Whether a layer of all parts has come."""
-        return all(chunk.layers.has(layer) for chunk, _ in self.parts if isinstance(chunk.layers, Arriving))
-
-    @contextmanager
-    def claimed(self, layer: int) -> Iterator[bool]:
-        """Whether the layer is the caller's to place, who does it within the `with` statement."""
-        with self._news:
-            mine = layer in self.left
-            self.left.discard(layer)
-            self._placing += mine
-        try:
-            yield mine
-        finally:
-            with self._news:
-                self._placing -= mine
-                self._news.notify_all()
-
-    def close(self) -> None:
-        """Wait for those who place a layer. After this nobody writes into the blocks."""
-        with self._news:
-            self.left.clear()
-            self._news.wait_for(lambda: not self._placing)
-
-    @cached_property
-    def angles(self) -> Angles | None:
-        return None if self.rotary is None else self.rotary.at(torch.arange(self.load.start, self.good))
 
 
 class Leaving(NamedTuple):
@@ -248,7 +198,7 @@ class WorkerHalf:
         def place_if_there(layer: int) -> None:
             try:
                 if coming.there(layer):
-                    self._place(coming, layer)
+                    coming.place(layer)
             except Exception as error:
                 errors.append(error)
 
@@ -260,22 +210,11 @@ class WorkerHalf:
                 for layer in sorted(coming.left):
                     place_if_there(layer)
             for layer in sorted(coming.left, reverse=coming.kv.blocks.is_cpu):
-                self._place(coming, layer)
+                coming.place(layer)
         finally:
             coming.close()
         if errors:
             raise errors[0]
-
-    def _place(self, coming: Coming, i: int) -> None:
-        """Write one layer as soon as it has come, unless another thread does. Raises ChunkLostError."""
-        load, first = coming.load, coming.load.keys[0][1]
-        pairs = [chunk.layers[i] for chunk, _ in coming.parts]
-        with torch.inference_mode(), coming.claimed(i) as mine:
-            for at, k, v in _joined(pairs) if mine else ():
-                begin, end = max(first + at, load.start), min(first + at + k.shape[1], coming.good)
-                cut, where = slice(begin - first - at, end - first - at), slice(begin - load.start, end - load.start)
-                angles = None if coming.angles is None else coming.angles[where]
-                coming.kv.place(i, begin, k[:, cut], v[:, cut], angles)
 
     def _came(self, coming: Coming) -> None:
         self._note(coming.load.request, "load_ms", coming.spent_ms)
@@ -294,7 +233,7 @@ class WorkerHalf:
             began = time.perf_counter()
             try:
                 for i in sorted(coming.left) if layer is None else coming.left & {layer}:
-                    self._place(coming, i)
+                    coming.place(i)
                 coming.spent_ms += (time.perf_counter() - began) * 1e3
             except Exception as error:
                 self._coming.remove(coming)
@@ -480,30 +419,6 @@ class WorkerHalf:
             report[name] = round(report.get(name, 0) + by, 3)
             if name == "load_ms":
                 self.counts[name] = self.counts.get(name, 0) + by
-
-
-def _joined(pairs: Sequence[Pair]) -> list[tuple[int, Tensor, Tensor]]:
-    """(first token, K, V) of pieces [H, T, D] one after another; one piece where they lie so, decoded together."""
-    out: list[tuple[int, Tensor, Tensor]] = []
-    at = 0
-    for pair in pairs:
-        k, v = (_extended(a, b) for a, b in zip(out[-1][1:], pair, strict=True)) if out else (None, None)
-        if k is None or v is None:
-            out.append((at, *pair))
-        else:
-            out[-1] = (out[-1][0], k, v)
-        at += pair[0].shape[1]
-    return out
-
-
-def _extended(a: Tensor, b: Tensor) -> Tensor | None:
-    """Both along T without a copy, where b lies behind a."""
-    (heads, tokens, dim), (h, more, d) = a.shape, b.shape
-    same = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-    behind = a.data_ptr() + tokens * a.stride(1) * a.element_size() == b.data_ptr()
-    if not (same and behind) or (heads, dim, a.stride(), a.dtype) != (h, d, b.stride(), b.dtype):
-        return None
-    return a.as_strided((heads, tokens + more, dim), a.stride())
 
 
 def _odd(error: Exception) -> bool:
