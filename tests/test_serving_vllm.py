@@ -56,25 +56,25 @@ Run = Callable[[str, Path, Path], Any]
 def run(tmp_path_factory) -> Iterator[Run]:
     """A scenario's result; all are forks of one process."""
     log = tmp_path_factory.mktemp("log") / "stderr"
-    with open(log, "wb") as errors:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-        process = subprocess.Popen([sys.executable, str(HERE / "vllm_scenarios.py")], text=True, **pipes)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    written, printed = process.stdin, process.stdout
+    command, pipe = [sys.executable, str(HERE / "vllm_scenarios.py")], subprocess.PIPE
+    with (
+        open(log, "wb") as errors,
+        subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=errors) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        written, printed = process.stdin, process.stdout
 
-    def one(name: str, model: Path, folder: Path) -> Any:
-        written.write(json.dumps([name, str(model), str(folder)]) + "\n")
-        written.flush()
-        found = ""
-        while (line := printed.readline()) not in ("END\n", ""):
-            found = line.removeprefix("RESULT ") if line.startswith("RESULT ") else found
-        assert found, log.read_text()[-3000:]
-        return json.loads(found)
+        def one(name: str, model: Path, folder: Path) -> Any:
+            written.write(json.dumps([name, str(model), str(folder)]) + "\n")
+            written.flush()
+            found = ""
+            while (line := printed.readline()) not in ("END\n", ""):
+                found = line.removeprefix("RESULT ") if line.startswith("RESULT ") else found
+            assert found, log.read_text()[-3000:]
+            return json.loads(found)
 
-    yield one
-    written.close()
-    process.wait(60)
+        yield one
 
 
 @pytest.fixture(scope="module")

@@ -401,10 +401,10 @@ PATIENCE_S = 180
 def run(name: str, model: str, folder: str) -> None:
     try:
         print("RESULT " + json.dumps(SCENARIOS[name](model, Path(folder)), default=str), flush=True)
-    except Exception:
+    except BaseException:
         traceback.print_exc()
-    finally:
-        os._exit(0)  # vLLM's own threads must not keep a finished scenario
+        os._exit(1)
+    os._exit(0)  # vLLM's own threads must not keep a finished scenario
 
 
 def run_lines() -> None:
